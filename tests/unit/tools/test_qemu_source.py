@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import hashlib
+import types
+from unittest import mock
+from urllib import error as urllib_error
+
+from tests.unit.tools import base
+from virtavtools import errors
+from virtavtools import packages
+from virtavtools import qemu_source
+
+
+def _args(**words):
+    return types.SimpleNamespace(**{
+        'source': None, 'upstream': None, 'sha256': None,
+        'refresh': False} | words)
+
+
+class TestVersion(base.TestCase):
+
+    def test_wanted(self):
+        for version in ('10.0.0', '10.0.13', '10.0.49'):
+            qemu_source.check_version(version, 'it')
+
+    def test_refused(self):
+        for version in ('9.2.1', '10.0', '10.0.50', '10.1.0', '110.0.1',
+                        '10.0.1-rc1', ''):
+            with (self.subTest(version),
+                  self.assertRaisesRegex(errors.ToolError,
+                                         'needs a release 10.0.x')):
+                qemu_source.check_version(version, 'it')
+
+
+class TestLocal(base.TestCase):
+
+    def test_checksum(self):
+        tarball = self.tarball()
+        sha256 = hashlib.sha256(tarball.read_bytes()).hexdigest()
+        source = qemu_source.resolve(_args(source=str(tarball),
+                                           sha256=sha256.upper()))
+        self.assertEqual((None, sha256, tarball), source)
+
+    def test_wrong_checksum(self):
+        with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
+            qemu_source.resolve(_args(source=str(self.tarball()),
+                                      sha256='00'))
+
+    def test_missing(self):
+        with self.assertRaisesRegex(errors.ToolError, 'there is no file'):
+            qemu_source.resolve(_args(source='/no/such.tar'))
+
+    def test_checksum_of_nothing(self):
+        with self.assertRaisesRegex(errors.ToolError, '--sha256 goes with'):
+            qemu_source.resolve(_args(sha256='00'))
+
+
+class TestUpstream(base.TestCase):
+
+    def _answer(self, **words):
+        return self._patch(mock.patch('urllib.request.urlopen', **words))
+
+    def test_other_version_asks_nobody(self):
+        urlopen = self._answer()
+        with self.assertRaisesRegex(errors.ToolError, 'is QEMU 9.2.0'):
+            qemu_source.upstream('9.2.0')
+        urlopen.assert_not_called()
+
+    def test_no_network(self):
+        self._answer(side_effect=urllib_error.URLError('no route'))
+        with self.assertRaisesRegex(errors.ToolError, 'no route') as caught:
+            qemu_source.upstream('10.0.3')
+        self.assertIn('--source', caught.exception.hint)
+
+    def test_fetched_once(self):
+        tarball = self.tarball()
+        with open(tarball, 'rb') as stream:
+            stream.headers = {}
+            urlopen = self._answer(return_value=stream)
+            first = qemu_source.upstream('10.0.7')
+        self.assertEqual(tarball.read_bytes(), first.tarball.read_bytes())
+        self.assertEqual(first, qemu_source.upstream('10.0.7'))
+        urlopen.assert_called_once()
+        with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
+            qemu_source.upstream('10.0.7', '00')
+
+
+class TestDebian(base.TestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.tar = self.tarball()
+        self.sha256 = hashlib.sha256(self.tar.read_bytes()).hexdigest()
+        self._patch(mock.patch.object(packages, 'install'))
+        self.fetch = self._patch(mock.patch.object(
+            qemu_source, '_debian_fetch', self._fetch))
+        self.fetched = 0
+
+    def _fetch(self, _step, top):
+        self.fetched += 1
+        name = 'qemu_10.0.7+ds.orig.tar.gz'
+        (top / name).write_bytes(self.tar.read_bytes())
+        dsc = top / 'qemu_10.0.7+ds-1.dsc'
+        dsc.write_text(
+            'Checksums-Sha1:\n %s 1 %s\nChecksums-Sha256:\n %s 1 %s\n'
+            % ('1' * 40, name, self.sha256, name))
+        return dsc
+
+    def test_fetched_once(self):
+        first = qemu_source.debian()
+        self.assertEqual(('10.0.7', self.sha256),
+                         (first.version, first.sha256))
+        self.assertEqual(first, qemu_source.debian())
+        self.assertEqual(1, self.fetched)
+        qemu_source.debian(refresh=True)
+        self.assertEqual(2, self.fetched)
+
+    def test_lost_tarball_is_fetched_again(self):
+        qemu_source.debian().tarball.unlink()
+        self.assertTrue(qemu_source.debian().tarball.exists())
+
+    def test_wrong_checksum(self):
+        self.sha256 = '1' * 64
+        with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
+            qemu_source.debian()
+
+
+class TestDebianSources(base.TestCase):
+
+    def _lines(self, os_id, main, security):
+        with (mock.patch.object(packages, 'os_release',
+                                return_value={'ID': os_id,
+                                              'VERSION_CODENAME': 'x'}),
+              mock.patch.object(packages, 'mirror', lambda security=False:
+                                mirrors[security])):
+            mirrors = {False: main, True: security}
+            return [line.split()[2:] for line in
+                    qemu_source._debian_sources()[1].splitlines()]
+
+    def test_own_mirror(self):
+        self.assertEqual([['http://a/debian', 'trixie', 'main'],
+                          ['http://a/debian', 'trixie-updates', 'main'],
+                          ['http://a/sec', 'trixie-security', 'main']],
+                         self._lines('debian', 'http://a/debian',
+                                     'http://a/sec'))
+
+    def test_no_security_mirror(self):
+        self.assertEqual(2, len(self._lines('debian', 'http://a', None)))
+
+    def test_no_mirror(self):
+        with self.assertRaisesRegex(errors.ToolError, 'apt has no sources'):
+            self._lines('debian', None, None)
+
+    def test_ubuntu(self):
+        self.assertEqual('http://deb.debian.org/debian-security',
+                         self._lines('ubuntu', 'http://u', 'http://u')[2][0])
