@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import unittest
+
+from oslo_config import cfg
+
+from virtav_nova import conf as virtav_conf
+from virtav_nova.conf import opts
+
+
+class OptsTest(unittest.TestCase):
+
+    def test_all_options_are_listed_and_explained(self):
+        conf = cfg.ConfigOpts()
+        virtav_conf.register_opts(conf)
+        conf([])
+        listed = opts.list_opts()
+        self.assertEqual(['virtav_worker'],
+                         [group.name for group, _ in listed])
+        for group, options in listed:
+            self.assertEqual(set(conf[group.name]),
+                             {option.dest for option in options})
+            for option in options:
+                with self.subTest(option.name):
+                    self.assertGreater(len(option.help), 50)
+
+    def test_journal_follows_the_state_directory(self):
+        conf = cfg.ConfigOpts()
+        virtav_conf.register_opts(conf)
+        conf([])
+        conf.set_override('state_dir', '/srv/virtav', 'virtav_worker')
+        self.assertEqual('/srv/virtav/alerts/journal.jsonl',
+                         conf.virtav_worker.journal_path)
