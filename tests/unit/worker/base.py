@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real worker, and a stand-in for QEMU that talks to it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+
+from tests.unit import base
+from virtav_nova.monitor import wire
+
+#: Longest wait for anything, in seconds; the machine may be busy.
+PATIENCE = 20
+
+COMMAND = (sys.executable, '-m', 'virtav_nova.cmd.scan_worker')
+
+CLEAN = bytes(4096)
+MATCHING = base.SIGNATURE.ljust(4096, b'\xcc')
+SLOW = b'SLOW-PAGE'.ljust(4096, b'\xcc')
+#: Never ends by itself on a page that begins like SLOW.
+SLOW_RULE = """
+rule Slow {
+    strings: $slow = "SLOW-PAGE"
+    condition: $slow at 0 and for any i in (0..1000000000000) : (i * 3 == 1)
+}
+"""
+
+
+def wait_for(condition, what):
+    """Wait until something holds.
+
+    :param condition: called until it gives something true
+    :param what: is waited for, for the error
+    :returns: what the condition gave
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError('%s: not within %s s' % (what, PATIENCE))
+        time.sleep(0.005)
+
+
+def alive(pid):
+    """Whether a process exists and is no zombie."""
+    try:
+        status = pathlib.Path('/proc', str(pid), 'stat').read_text()
+    except OSError:
+        return False
+    return status.rpartition(')')[2].split()[0] != 'Z'
+
+
+class Monitor:
+    """Plays QEMU's page-fetch monitor.
+
+    :param connection: to the worker
+    """
+
+    def __init__(self, connection):
+        connection.settimeout(PATIENCE)
+        self.socket = connection
+        self._decoder = wire.Decoder(
+            [wire.Welcome, wire.Verdict, wire.Refused])
+        self._ids = 0
+
+    def close(self):
+        self.socket.close()
+
+    def frame(self):
+        """Wait for a frame; None at the end of the stream."""
+        while True:
+            frame = self._decoder.frame()
+            if frame is not None:
+                return frame
+            try:
+                count = self.socket.recv_into(self._decoder.room())
+            except ConnectionResetError:
+                return None
+            if not count:
+                return None
+            self._decoder.filled(count)
+
+    def hello(self, **changes):
+        """Say hello and wait for the answer."""
+        self.socket.sendall(hello(**changes).pack())
+        answer = self.frame()
+        if isinstance(answer, wire.Welcome):
+            self.key = answer.key
+        return answer
+
+    def request(self, page, **changes):
+        """Make a request for a page."""
+        self._ids += 1
+        return wire.Request(
+            id=self._ids, generation=self._ids + 7, offset=self._ids << 12,
+            gpa=self._ids << 12, gva=0x400000, rip=0x400010, cr3=0x1000,
+            vcpu=0, cpl=3, flags=wire.HOLD, tag=wire.page_tag(self.key, page),
+            block=b'pc.ram', page=page)._replace(**changes)
+
+    def send(self, page, **changes):
+        """Ask for a verdict."""
+        request = self.request(page, **changes)
+        self.socket.sendall(request.pack())
+        return request
+
+    def ask(self, page, **changes):
+        """Ask for a verdict and wait for it."""
+        request = self.send(page, **changes)
+        verdict = self.frame()
+        if verdict is None or isinstance(verdict, wire.Refused):
+            return verdict
+        assert (request.id, request.generation, request.tag) == (
+            verdict.id, verdict.generation, verdict.tag), verdict
+        return verdict
+
+
+def hello(**changes):
+    """Make a HELLO."""
+    return wire.Hello(
+        version_min=1, version_max=1, page_size=4096, instance=uuid.uuid4(),
+        ram_size=512 << 20, policy=wire.Policy.ENFORCE,
+        on_match=wire.OnMatch.BLOCK, on_timeout=wire.OnTimeout.ALLOW,
+        deadline_ms=1000)._replace(**changes)
+
+
+class TestCase(base.TestCase):
+    """A test that starts workers of its own."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = str(self.top / 'worker.sock')
+        self.process = None
+
+    def configure(self, rules=None, **options):
+        """Write a configuration file.
+
+        :param rules: source of a second rule file
+        :param options: of the group virtav_worker
+        :returns: its path
+        """
+        if 'rules_dir' not in options:
+            for file in base.SELFTEST_RULES.iterdir():
+                self.write(f'rules/{file.name}', file.read_bytes())
+            if rules:
+                self.write('rules/test.yar', rules)
+        options = {'socket': self.path, 'state_dir': self.top / 'state',
+                   'rules_dir': self.top / 'rules', 'processes': 1,
+                   'scan_timeout_ms': 5000} | options
+        return self.write('virtav.conf', '[virtav_worker]\n' + ''.join(
+            f'{name} = {value}\n' for name, value in options.items()))
+
+    def launch(self, **options):
+        """Start a worker and do not wait for it."""
+        with open(self.top / 'log', 'w') as log:
+            process = subprocess.Popen(
+                [*COMMAND, '--config-file', self.configure(**options)],
+                cwd=base.ROOT, stdout=log, stderr=subprocess.STDOUT)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def start(self, rules=None, **options):
+        """Start a worker and wait until it serves."""
+        self.process = self.launch(rules=rules, **options)
+        wait_for(lambda: 'Listening on' in self.log()
+                 or self.process.poll() is not None, 'start of the worker')
+        self.assertIsNone(self.process.poll(), self.log())
+
+    def stop(self, number=signal.SIGTERM):
+        """Stop the worker.
+
+        :returns: exit status
+        """
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def log(self):
+        """What the worker has logged."""
+        return (self.top / 'log').read_text()
+
+    def connect(self):
+        """Connect to the worker."""
+        connection = socket.socket(socket.AF_UNIX)
+        self.addCleanup(connection.close)
+        connection.connect(self.path)
+        return Monitor(connection)
+
+    def session(self, **changes):
+        """Connect to the worker and say hello."""
+        monitor = self.connect()
+        self.assertIsInstance(monitor.hello(**changes), wire.Welcome)
+        return monitor
+
+    def scan_processes(self):
+        """Process ids of the scan processes."""
+        pid = self.process.pid
+        with contextlib.suppress(OSError):
+            return [int(child) for child in pathlib.Path(
+                f'/proc/{pid}/task/{pid}/children').read_text().split()]
+        return []
+
+    def journal(self):
+        """The records of the alert journal."""
+        path = self.top / 'state' / 'alerts' / 'journal.jsonl'
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+    def records(self, count, **wanted):
+        """Wait for records in the journal.
+
+        :param count: how many
+        :param wanted: what they hold
+        :returns: the records
+        """
+        def found():
+            matching = [record for record in self.journal()
+                        if wanted.items() <= record.items()]
+            return matching if len(matching) >= count else None
+
+        matching = wait_for(found, f'{count} records with {wanted}')
+        self.assertEqual(count, len(matching))
+        return matching
+
+    def assert_closed(self, monitor, code=None):
+        """The worker closes this connection.
+
+        :param code: that it refuses it with
+        """
+        frame = monitor.frame()
+        if code is not None:
+            self.assertIsInstance(frame, wire.Refused)
+            self.assertEqual(code, frame.code)
+            frame = monitor.frame()
+        self.assertIsNone(frame)
+
+    def assert_serves(self, monitor):
+        """A session gets the right verdicts."""
+        self.assertEqual(wire.Result.CLEAN, monitor.ask(CLEAN).result)
+        self.assertEqual(wire.Result.MATCH, monitor.ask(MATCHING).result)
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """Keep a process from running."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def no_more_files(pid):
+    """Let a process open no more files.
+
+    :returns: the limits before
+    """
+    # The limit is one on numbers, and there may be gaps.
+    taken = {int(name) for name in os.listdir(f'/proc/{pid}/fd')}
+    free = min(set(range(len(taken) + 1)) - taken)
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    return resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, hard))
