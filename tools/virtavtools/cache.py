@@ -83,6 +83,7 @@ class Entry:
     def work(self):
         """An empty directory to build in; gone with the entry's lock."""
         if not self._work.exists():
+            _sweep(self._work.parent)
             self._work.mkdir()
         return self._work
 
@@ -97,6 +98,17 @@ class Entry:
         """Remove what was built and not published."""
         if self._work.exists():
             shutil.rmtree(self._work)
+
+
+def _sweep(directory):
+    """Remove what killed runs left under keys that may never come again."""
+    for work in directory.glob('.*.work'):
+        with open(work.with_suffix('.lock'), 'w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # not left: in use
+            shutil.rmtree(work)
 
 
 @contextlib.contextmanager

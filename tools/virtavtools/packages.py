@@ -15,8 +15,9 @@ from virtavtools import cache
 from virtavtools import errors
 from virtavtools import ui
 
-_APT = ('apt-get', '-q', '-y', '-o', 'DPkg::Lock::Timeout=300')
-#: Seconds to wait for a lock that apt itself does not wait for.
+_APT = ('apt-get', '-q', '-y')
+#: Seconds to wait for the locks of apt and dpkg; apt itself waits for one of
+#: them only, and without a word.
 _LOCK_PATIENCE = 300
 _LOCKED = re.compile(r'Could not get lock|Unable to lock')
 #: What apt says when its package lists are missing or out of date.
@@ -167,6 +168,7 @@ def apt(step, *words, cwd=None):
     """
     env = dict(os.environ, LC_ALL='C', DEBIAN_FRONTEND='noninteractive')
     give_up = time.monotonic() + _LOCK_PATIENCE
+    waiting = False
     while True:
         try:
             return ui.run(step, [*_APT, *words], log_path(), cwd, env)
@@ -174,6 +176,9 @@ def apt(step, *words, cwd=None):
             if (not _LOCKED.search(error.output) or os.geteuid()
                     or time.monotonic() > give_up):
                 raise
+        if not waiting:
+            step.note('waiting for another apt or dpkg to end')
+            waiting = True
         time.sleep(2)
 
 
@@ -264,7 +269,7 @@ def install(*names, why):
             'packages are missing %s: %s' % (why, ' '.join(names)),
             'run as root: apt-get install --no-install-recommends %s'
             % ' '.join(names))
-    with ui.step('install %d packages %s' % (len(names), why)) as step:
+    with ui.step('install packages %s (%d)' % (why, len(names))) as step:
         _with_fresh_lists(step, 'install', '--no-install-recommends', *names)
 
 

@@ -39,15 +39,18 @@ def _build(tool, *options):
     return pathlib.Path(output.splitlines()[-1])
 
 
-def _given(variable):
-    """What the user named in the environment, or None."""
+def _given(variable, holds=''):
+    """What the user named in the environment, or None.
+
+    :param holds: name of a file that a directory must have
+    """
     value = os.environ.get(variable)
     if not value:
         return None
     path = pathlib.Path(value).absolute()
-    if not path.exists():
+    if not (path / holds).exists():
         raise errors.ToolError(
-            '%s is %s, which is not there' % (variable, value),
+            '%s is %s, but there is no %s' % (variable, value, path / holds),
             'unset %s to have it built, or name another' % variable)
     return path
 
@@ -69,4 +72,4 @@ def stock_emulator():
 
 def guest():
     """The directory of the guest, see :func:`emulator`."""
-    return _given('VIRTAV_GUEST') or _build('build-guest')
+    return _given('VIRTAV_GUEST', 'manifest.json') or _build('build-guest')

@@ -90,6 +90,17 @@ class TestEntry(base.TestCase):
         with cache.entry('thing', 'key') as entry:
             self.assertEqual([], list(entry.work.iterdir()))
 
+    def test_leavings_of_other_keys_too(self):
+        with cache.entry('thing', 'used') as used:
+            (used.work / 'file').write_text('half')
+            with cache.entry('thing', 'lost') as lost:
+                pass
+            lost._work.mkdir()
+            with cache.entry('thing', 'key') as entry:
+                self.assertTrue(entry.work.exists())
+            self.assertFalse(lost._work.exists())
+            self.assertTrue((used.work / 'file').exists())
+
     def test_part_is_published(self):
         with cache.entry('thing', 'key') as entry:
             (entry.work / 'build').mkdir()
