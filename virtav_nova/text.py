@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from guests, peers and rules, made fit to be shown."""
 
+import codecs
+
+# Loaded now: when it is needed there may be no file left to open.
+codecs.lookup('unicode_escape')
+
 
 def printable(value: bytes | str, limit: int) -> str:
     r"""Turn hostile text into printable ASCII of bounded length.

@@ -272,9 +272,10 @@ class Verdict(typing.NamedTuple):
 
     def pack(self) -> bytes:
         """:returns: the frame, header included; a long name is cut."""
+        rule = (text.printable(self.rule, _RULE_MAX).encode()
+                if self.rule else b'')
         return _HEADS[Verdict] + _VERDICT.pack(
-            self.id, self.generation, self.tag, self.result, 0,
-            text.printable(self.rule, _RULE_MAX).encode())
+            self.id, self.generation, self.tag, self.result, 0, rule)
 
     @classmethod
     def unpack(cls, data: memoryview) -> 'Verdict':

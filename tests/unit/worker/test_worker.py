@@ -192,12 +192,19 @@ class LossTest(base.TestCase):
 
     def test_main_process_without_a_file_left(self):
         self.start()
+
+        def files():
+            return len(os.listdir(f'/proc/{self.process.pid}/fd'))
+
+        before = files()
         good = self.session()
+        base.wait_for(lambda: files() == before, 'end of the handshake')
         limits = base.no_more_files(self.process.pid)
         waiting = self.connect()
         waiting.socket.sendall(base.hello().pack())
         base.wait_for(lambda: 'Cannot accept' in self.log(), 'failed accept')
         self.assert_serves(good)
+        base.wait_for(lambda: 'SelfTest matched' in self.log(), 'the match')
         resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, limits)
         self.assertIsInstance(waiting.frame(), wire.Welcome)
 
