@@ -20,7 +20,7 @@ _PACKAGES = (
     'ninja-build', 'pkg-config', 'flex', 'bison', 'libglib2.0-dev',
     'libpixman-1-dev', 'libfdt-dev', 'libslirp-dev', 'libseccomp-dev',
     'zlib1g-dev', 'libcap-ng-dev', 'libnuma-dev', 'liburing-dev',
-    'libgnutls28-dev', 'libzstd-dev')
+    'libgnutls28-dev', 'libzstd-dev', 'libaio-dev')
 #: Older than the emulator, and good for it: the boot ROMs' interfaces last.
 _FIRMWARE_PACKAGES = ('seabios', 'ipxe-qemu', 'qemu-system-data')
 _FIRMWARE = (
@@ -41,14 +41,17 @@ _FLAGS = (
     '--firmwarepath=/usr/share/qemu:/usr/share/seabios:/usr/lib/ipxe/qemu',
     *('--enable-' + name for name in (
         'system', 'tools', 'tcg', 'kvm', 'fdt=system', 'slirp', 'vnc',
-        'seccomp', 'numa', 'cap-ng', 'linux-io-uring', 'gnutls', 'zstd',
-        'pixman', 'vhost-user', 'vhost-net', 'vhost-kernel', 'attr',
-        'replication', 'tpm', 'membarrier', 'malloc-trim')))
+        'seccomp', 'numa', 'cap-ng', 'linux-aio', 'linux-io-uring',
+        'gnutls', 'zstd', 'pixman', 'vhost-user', 'vhost-net',
+        'vhost-kernel', 'attr', 'replication', 'tpm', 'membarrier',
+        'malloc-trim')))
 #: Debian's tarball lacks the firmware that this would unpack; upstream
 #: unpacks it even where it is not to be installed.
 _EDK2 = ('unpack_edk2_blobs = bzip2.found()',
          "unpack_edk2_blobs = get_option('install_blobs') and bzip2.found()")
 _PROGRAMS = ('qemu-system-x86_64', 'qemu-img')
+#: The series' own test, which the functional tests run.
+_TEST = 'tests/qtest/page-fetch-test'
 _OBJECT = 'page-fetch-monitor'
 
 
@@ -125,13 +128,14 @@ def _compile(top, name, source, series, jobs, log):
                       # It is on where there is a .git; a newer compiler
                       # that warns of more shall not stop the build.
                       '--disable-werror', *_FLAGS], log, cwd=build)
+    programs = [*_PROGRAMS, _TEST] if series else _PROGRAMS
     with ui.step('build QEMU %s (%s)' % (source.version, name)) as step:
-        ui.run(step, ['ninja', '-j%d' % jobs, *_PROGRAMS], log, cwd=build)
+        ui.run(step, ['ninja', '-j%d' % jobs, *programs], log, cwd=build)
     # Not "ninja install": that builds a thousand files more. These find the
     # firmware by absolute paths, and run wherever they are.
     prefix = top / 'prefix'
     (prefix / 'bin').mkdir(parents=True)
-    for program in _PROGRAMS:
+    for program in programs:
         shutil.copy2(build / program, prefix / 'bin')
     return prefix
 

@@ -102,7 +102,8 @@ class TestEnsure(base.TestCase):
                 self.git(cwd.parent / 'src', 'status')
                 self.meson = (cwd.parent / 'src/meson.build').read_text()
                 self.hello = (cwd.parent / 'src/hello.c').read_text()
-                for name in ('qemu-system-x86_64', 'qemu-img'):
+                for name in argv[2:]:
+                    (cwd / name).parent.mkdir(parents=True, exist_ok=True)
                     (cwd / name).write_text('#!/bin/sh\n' + emulator)
                     (cwd / name).chmod(0o755)
         return run
@@ -126,7 +127,7 @@ class TestEnsure(base.TestCase):
         self.assertEqual('1\ntwo\nthree\n', self.hello)
         self.assertIn("get_option('install_blobs') and bzip2.found()",
                       self.meson)
-        self.assertEqual({'qemu-system-x86_64', 'qemu-img'},
+        self.assertEqual({'qemu-system-x86_64', 'qemu-img', 'page-fetch-test'},
                          set(self.contents(emulator.parent)))
         self.assertEqual([emulator.parents[1].name], self._entries())
         self.hello = None
