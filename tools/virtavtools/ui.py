@@ -2,9 +2,11 @@
 """What a person sees while a tool works: everything goes to stderr."""
 
 import collections
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ from virtavtools import errors
 _REDRAW = 0.5
 #: Seconds between two signs of life where there is no terminal.
 _HEARTBEAT = 60
+#: Seconds that a command has to end when it is told to.
+_PATIENCE = 10
 _TAIL = 20
 _NINJA = re.compile(rb'\[(\d+)/(\d+)\]')
 
@@ -123,6 +127,19 @@ def step(text):
     return Step(text, sys.stderr)
 
 
+def _end_group(process):
+    """End a command, by force if need be, and what it has started."""
+    # An interrupt first: most clean up after that, pip does so only then.
+    # What was started with "&" ignores it.
+    with contextlib.suppress(ProcessLookupError):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+
+
 def run(step, argv, log, cwd=None, env=None):
     """Run a command as part of a step.
 
@@ -148,7 +165,8 @@ def run(step, argv, log, cwd=None, env=None):
             process = subprocess.Popen(argv, cwd=cwd, env=env,
                                        stdin=subprocess.DEVNULL,
                                        stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT)
+                                       stderr=subprocess.STDOUT,
+                                       process_group=0)
         except OSError as error:
             raise CommandError('cannot run %s: %s' % (argv[0],
                                                       error.strerror), '')
@@ -162,8 +180,7 @@ def run(step, argv, log, cwd=None, env=None):
                     step.progress(*map(int, position.groups()))
             status = process.wait()
         except BaseException:
-            process.terminate()
-            process.wait()
+            _end_group(process)
             raise
         finally:
             process.stdout.close()

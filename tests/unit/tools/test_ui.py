@@ -2,6 +2,7 @@
 
 import os
 import pty
+import time
 from unittest import mock
 
 from tests.unit.tools import base
@@ -74,3 +75,32 @@ class TestRun(base.TestCase):
     def test_no_such_program(self):
         with self.assertRaisesRegex(ui.CommandError, 'cannot run /no/such'):
             ui.run(None, ['/no/such'], self.log)
+
+    def _interrupt(self, script):
+        """Interrupt a command at its first progress; gives back its pid."""
+        with self.assertRaises(KeyboardInterrupt), ui.step('it') as step:
+            step.progress = mock.Mock(side_effect=KeyboardInterrupt)
+            ui.run(step, ['sh', '-c', script], self.log, cwd=self.top)
+        return int((self.top / 'pid').read_text())
+
+    def _assert_ends(self, pid):
+        # Orphans are reaped by another process, when it comes to that.
+        for _attempt in range(200):
+            try:
+                with open('/proc/%d/stat' % pid) as stat:
+                    if stat.read().rsplit(') ', 1)[1][0] == 'Z':
+                        return
+            except (FileNotFoundError, ProcessLookupError):
+                return
+            time.sleep(0.05)
+        self.fail('process %d is still running' % pid)
+
+    def test_interrupt_ends_what_was_started(self):
+        self._assert_ends(self._interrupt(
+            'sleep 60 & echo $! >pid; echo "[1/2]"; wait'))
+
+    def test_deaf_command_is_ended(self):
+        with mock.patch.object(ui, '_PATIENCE', 0.1):
+            self._assert_ends(self._interrupt(
+                'trap "" INT TERM; echo $$ >pid; echo "[1/2]";'
+                ' while :; do sleep 60; done'))
