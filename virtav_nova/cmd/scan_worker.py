@@ -99,7 +99,17 @@ def _load(options: cfg.ConfigOpts.GroupAttr) -> tuple[base.Engine, bytes]:
             _('set [virtav_worker] engine to one of: %s')
             % ', '.join(sorted(known))) from error
     files = directory.read(options.rules_dir)
-    engine = kind.compile(files, options.scan_timeout_ms)
+    try:
+        engine = kind.compile(files, options.scan_timeout_ms)
+    except exception.RuleError as error:
+        # The engine knows names only, which are the same on every host.
+        raise exception.RuleError(
+            os.path.join(options.rules_dir, str(error)),
+            error.way_out) from error
+    if not engine.describe()['rules']:
+        raise exception.RuleError(
+            _('the files in rule directory %s hold no rule')
+            % options.rules_dir, _('put rules into them'))
     return engine, directory.digest(f'{kind.name} {kind.version}', files)
 
 

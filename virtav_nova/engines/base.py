@@ -47,7 +47,8 @@ class Engine(abc.ABC):
         :param files: sorted by name.
         :param scan_timeout_ms: limit of one scan. An engine that cannot
             keep it leaves that to the worker, which ends the process.
-        :raises RuleError: naming file and line where they are known.
+        :raises RuleError: with a message that begins with the file's name,
+            and the line where it is known.
         """
 
     @classmethod

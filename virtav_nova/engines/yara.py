@@ -47,12 +47,7 @@ class YaraEngine(base.Engine):
                 except yara.Error as found:
                     raise _broken(name, found) from found
             raise _broken(files[0].name, error) from error
-        engine = cls(rules, scan_timeout_ms)
-        if not engine.describe()['rules']:
-            raise exception.RuleError(
-                _('the rule files hold no rule'),
-                _('put rules into them'))
-        return engine
+        return cls(rules, scan_timeout_ms)
 
     @classmethod
     def restore(cls, image: bytes, scan_timeout_ms: int) -> typing.Self:

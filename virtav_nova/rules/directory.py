@@ -50,11 +50,11 @@ def read(directory: str) -> list[RuleFile]:
     files: list[RuleFile] = []
     total = 0
     try:
-        for file in _walk(top, ''):
-            files.append(file)
-            total += len(file.content)
+        for path, content in _walk(top, directory):
+            files.append(RuleFile(os.path.relpath(path, directory), content))
+            total += len(content)
             if total > TOTAL_MAX:
-                raise _oversized(file.name, TOTAL_MAX)
+                raise _oversized(path, TOTAL_MAX)
     finally:
         os.close(top)
     if not files:
@@ -81,11 +81,13 @@ def digest(engine: str, files: collections.abc.Iterable[RuleFile]) -> bytes:
     return total.digest()
 
 
-def _walk(directory: int, path: str) -> collections.abc.Iterator[RuleFile]:
+def _walk(directory: int, path: str
+          ) -> collections.abc.Iterator[tuple[str, bytes]]:
     """Read the rule files below a directory.
 
     :param directory: file descriptor.
-    :param path: of the directory, relative to the rule directory.
+    :param path: of the directory.
+    :returns: path and content of each.
     """
     for name in os.listdir(directory):
         if name.startswith('.'):
@@ -104,7 +106,7 @@ def _walk(directory: int, path: str) -> collections.abc.Iterator[RuleFile]:
                 finally:
                     os.close(inner)
             elif name.endswith(SUFFIXES):
-                yield RuleFile(below, _content(directory, name, below))
+                yield below, _content(directory, name, below)
         except OSError as error:
             raise _unreadable(below, error) from error
 
@@ -139,6 +141,6 @@ def _refused(path: str) -> exception.RuleError:
 def _unreadable(path: str, error: OSError) -> exception.RuleError:
     return exception.RuleError(
         _('%(path)s: %(error)s') % {'path': path, 'error': error.strerror},
-        _('make it readable for the worker, or change '
+        _('have it there, readable for the worker, or change '
           '[virtav_worker] rules_dir'))
 

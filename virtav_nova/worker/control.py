@@ -6,10 +6,10 @@ process works on hostile data, so the main process reads nothing from it that
 could be code, and nothing without bound.
 
 To the scan process: ``start`` (engine, scan_timeout_ms, key, max_in_flight,
-skip), ``session`` (session; the connected socket comes with it), ``skip``
-(tag) and ``drain`` (seconds). From it: ``ready``, ``match`` (session,
-record), ``fault`` (session, reason) and ``closed`` (session, reason,
-counts).
+busy_poll_us, skip), ``session`` (session; the connected socket comes with
+it), ``skip`` (tag) and ``drain`` (seconds). From it: ``ready``, ``match``
+(session, record), ``fault`` (session, reason) and ``closed`` (session,
+reason, counts).
 """
 
 import json

@@ -67,7 +67,8 @@ class Pool:
         self._journal = alerts
         self._selector = selector
         self._setup = process.Setup(
-            engine, key, options.scan_timeout_ms, options.max_in_flight)
+            engine, key, options.scan_timeout_ms, options.max_in_flight,
+            options.busy_poll_us)
         self._scan_limit = options.scan_timeout_ms / 1000 + _GRACE
         #: How many there are to be.
         self._wanted = options.processes or len(os.sched_getaffinity(0))

@@ -34,16 +34,18 @@ class Setup:
     :param key: tag key.
     :param scan_timeout_ms: limit of one scan.
     :param max_in_flight: requests of one session that may wait.
+    :param busy_poll_us: how long to look for the next request before sleep.
     """
 
     def __init__(self, engine: base.Engine, key: bytes, scan_timeout_ms: int,
-                 max_in_flight: int) -> None:
+                 max_in_flight: int, busy_poll_us: int) -> None:
         kind = type(engine)
         self._start = {
             'engine': f'{kind.__module__}:{kind.__qualname__}',
             'key': key.hex(),
             'scan_timeout_ms': scan_timeout_ms,
             'max_in_flight': max_in_flight,
+            'busy_poll_us': busy_poll_us,
         }
         self.rules_fd = os.memfd_create(
             'virtav-rules', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

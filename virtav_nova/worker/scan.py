@@ -81,17 +81,19 @@ class Scanner:
     :param engine: with the compiled rules.
     :param key: tag key.
     :param max_in_flight: requests of one session that may wait.
+    :param busy_poll_us: how long to look for the next request before sleep.
     :param skip: tags of pages that are not to be scanned again.
     """
 
     def __init__(self, main: socket.socket, scans: board.Board,
                  engine: base.Engine, key: bytes, max_in_flight: int,
-                 skip: set[bytes]) -> None:
+                 busy_poll_us: int, skip: set[bytes]) -> None:
         self._main = main
         self._scans = scans
         self._engine = engine
         self._key = key
         self._max_in_flight = max_in_flight
+        self._busy_poll = busy_poll_us * 1000
         self._skip = skip
         self._poll = select.epoll()
         self._poll.register(main, select.EPOLLIN)
@@ -109,7 +111,7 @@ class Scanner:
         """
         self._tell('ready')
         while self._drain_until is None or self._sessions or self._waiting:
-            for fd, events in self._poll.poll(self._patience()):
+            for fd, events in self._events():
                 session = self._sessions.get(fd)
                 if session is not None:
                     self._attend(session)
@@ -121,6 +123,16 @@ class Scanner:
                 session = self._queue.popleft()
                 session.queued = False
                 self._serve(session)
+
+    def _events(self) -> list[tuple[int, int]]:
+        """Look for events for a moment, then sleep until there are some."""
+        patience = self._patience()
+        if self._busy_poll and patience != 0 and self._sessions:
+            end = time.monotonic_ns() + self._busy_poll
+            while time.monotonic_ns() < end:
+                if events := self._poll.poll(0):
+                    return events
+        return self._poll.poll(patience)
 
     def _patience(self) -> float | None:
         """:returns: seconds that may be slept, None without limit."""
@@ -375,6 +387,7 @@ def main() -> int:
     scanner = Scanner(
         main_process, scans, engine,
         bytes.fromhex(start['key']), start['max_in_flight'],
+        start['busy_poll_us'],
         {bytes.fromhex(tag) for tag in start['skip']})
     # What exists now stays for good: no need to look through it again.
     gc.freeze()

@@ -22,21 +22,24 @@ class ScannerTest(base.TestCase):
         super().setUp()
         self.main, self.theirs = control.pair()
         self.main.settimeout(base.PATIENCE)
+        self.scanner = self.make(busy_poll_us=100)
+        self.thread = threading.Thread(target=self._run)
+        self.numbers = iter(range(1, 100))
+
+    def make(self, busy_poll_us):
         fd = board.Board.create()
         scans = board.Board(fd)
         os.close(fd)
-        scanner = scan.Scanner(
-            self.theirs, scans, engines.ObedientEngine(), KEY, 8, set())
-        self.thread = threading.Thread(target=self._run, args=(scanner,))
-        self.numbers = iter(range(1, 100))
+        return scan.Scanner(self.theirs, scans, engines.ObedientEngine(), KEY,
+                            8, busy_poll_us, set())
 
-    def _run(self, scanner):
+    def _run(self):
         with self.theirs:
             try:
-                scanner.run()
+                self.scanner.run()
             except EOFError:
                 self.ended = True
-            for session in scanner._sessions.values():
+            for session in self.scanner._sessions.values():
                 session.connection.close()
 
     def start(self):
@@ -146,3 +149,27 @@ class ScannerTest(base.TestCase):
         self.main.send(control.pack('skip', tag=tag.hex()))
         base.wait_for(lambda: self.ask(monitor, page) == wire.Result.UNKNOWN,
                       'skip')
+
+    def test_looks_before_it_sleeps(self):
+        for sessions, busy_poll_us, waits in (
+                ({}, 2000, {None}),
+                ({1: None}, 0, {None}),
+                ({1: None}, 2000, {0, None})):
+            with (self.subTest(sessions=sessions, busy_poll_us=busy_poll_us),
+                  mock.patch.object(scan.select, 'epoll') as epoll):
+                poll = epoll.return_value.poll
+                poll.return_value = []
+                scanner = self.make(busy_poll_us)
+                scanner._sessions = sessions
+                self.assertEqual([], scanner._events())
+                self.assertEqual(
+                    waits, {call.args[0] for call in poll.call_args_list})
+
+    def test_looks_no_longer_than_it_must(self):
+        with mock.patch.object(scan.select, 'epoll') as epoll:
+            poll = epoll.return_value.poll
+            poll.side_effect = [[], [], ['event']]
+            scanner = self.make(10_000_000)
+            scanner._sessions = {1: None}
+            self.assertEqual(['event'], scanner._events())
+        self.assertEqual([mock.call(0)] * 3, poll.call_args_list)
