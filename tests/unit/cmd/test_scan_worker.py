@@ -43,7 +43,19 @@ class CheckTest(base.TestCase):
     def test_broken_rule(self):
         self.write('rules/good.yar', 'rule G { condition: true }')
         self.write('rules/sub/bad.yar', 'rule B {\n condition: foo\n}')
-        self._assert_fails('sub/bad.yar:2: undefined identifier "foo"')
+        self._assert_fails(
+            f'{self.top}/rules/sub/bad.yar:2: undefined identifier "foo"')
+
+    def test_refused_file(self):
+        self.write('rules/sub/good.yar', 'rule G { condition: true }')
+        (self.top / 'rules/sub/link.yar').symlink_to('good.yar')
+        self._assert_fails(f'{self.top}/rules/sub/link.yar: not a regular')
+
+    def test_no_rule(self):
+        self.write('rules/a.yar', '// nothing yet\n')
+        self.write('rules/b.yar', '')
+        self._assert_fails(
+            f'the files in rule directory {self.top}/rules hold no rule')
 
     def test_unknown_engine(self):
         self._assert_fails('no scan engine is called clamav',

@@ -59,20 +59,21 @@ class DirectoryTest(base.TestCase):
                              ('b.yar', 'good.yar'), ('c.yar', 'missing')):
             link = self.top / name
             link.symlink_to(target)
-            self._assert_refused(f'^{name}: not a regular file')
+            self._assert_refused(f'^{self.top}/{name}: not a regular file')
             link.unlink()
         (self.top / 'linked').symlink_to('/etc')
-        self._assert_refused('^linked: not a regular file')
+        self._assert_refused(f'^{self.top}/linked: not a regular file')
 
     def test_what_is_no_file_is_refused_at_once(self):
         begin = time.monotonic()
         path = self.top / 'a.yar'
         os.mkfifo(path)
-        self._assert_refused('^a.yar: not a regular file')
+        self._assert_refused(f'^{self.top}/a.yar: not a regular file')
         path.unlink()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
-            self._assert_refused('^a.yar: No such device or address')
+            self._assert_refused(
+                f'^{self.top}/a.yar: No such device or address')
         path.unlink()
         path.mkdir()
         self._assert_refused('no .* file in rule directory')
@@ -82,9 +83,9 @@ class DirectoryTest(base.TestCase):
         self.write('a.yar', bytes(60))
         self.write('b.yar', bytes(60))
         with mock.patch.object(directory, 'FILE_MAX', 59):
-            self._assert_refused('^a.yar: more than 0 MiB')
+            self._assert_refused(f'^{self.top}/a.yar: more than 0 MiB')
         with mock.patch.object(directory, 'TOTAL_MAX', 119):
-            self._assert_refused('^b.yar: more than 0 MiB')
+            self._assert_refused(f'^{self.top}/b.yar: more than 0 MiB')
         self.assertEqual(2, len(directory.read(str(self.top))))
 
 
