@@ -4,6 +4,7 @@
 import argparse
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -56,6 +57,13 @@ class Series:
         """The version of QEMU it was made for, or None."""
         return next((line.removeprefix(_MADE_FOR) for line in self._lines
                      if line.startswith(_MADE_FOR)), None)
+
+    @property
+    def option(self):
+        """What a command line needs to name it, with a space before."""
+        if self.directory == DIRECTORY:
+            return ''
+        return ' --series %s' % shlex.quote(str(self.directory))
 
     @property
     def digest(self):
@@ -208,9 +216,11 @@ def apply(tree, series):
                    '\n'.join('  | %s' % line
                              for line in error.output.splitlines()
                              if line.startswith(('error:', 'fatal:')))),
-                'mend the series in a tree: tools/qemu-series edit%s'
-                % ('; or take the QEMU it was made for: '
-                   'tools/build-qemu --upstream %s' % series.made_for
+                'mend the series in a tree: tools/qemu-series edit%s%s'
+                % (series.option,
+                   '; or take the QEMU it was made for: tools/build-qemu%s '
+                   '--upstream %s --sha256 HEX'
+                   % (series.option, series.made_for)
                    if series.made_for not in (None, version) else ''))
 
 
@@ -267,8 +277,9 @@ def edit(tree, source, series, force=False):
         if unsaved and not force:
             raise errors.ToolError(
                 '%s %s' % (tree, unsaved),
-                'save them: tools/qemu-series refresh %s; or throw them '
-                'away: tools/qemu-series edit --force %s' % (tree, tree))
+                'save them: tools/qemu-series refresh%s %s; or throw them '
+                'away: tools/qemu-series edit%s --force %s'
+                % (series.option, tree, series.option, tree))
         if _under_way(tree):
             for command in ('am', 'rebase', 'cherry-pick'):
                 _git(tree, command, '--quit', check=False)
@@ -285,8 +296,8 @@ def edit(tree, source, series, force=False):
             error.hint = (
                 'in %s: git am --show-current-patch=diff | git apply '
                 '--reject; mend what was rejected; git add; git am '
-                '--continue; then tools/qemu-series refresh %s'
-                % (tree, tree))
+                '--continue; then tools/qemu-series refresh%s %s'
+                % (tree, series.option, tree))
             raise
     _mark_saved(tree, series)
 
@@ -304,7 +315,7 @@ def refresh(tree, series, force=False):
     if not _is_tree(tree):
         raise errors.ToolError(
             '%s is no tree of tools/qemu-series' % tree,
-            'make one: tools/qemu-series edit %s' % tree)
+            'make one: tools/qemu-series edit%s %s' % (series.option, tree))
     under_way = _under_way(tree)
     if under_way:
         raise errors.ToolError('%s is in the middle of %s'
@@ -328,8 +339,8 @@ def refresh(tree, series, force=False):
             '%s has changed since %s was made from it'
             % (series.directory, tree),
             'make a tree of it in another directory and bring your commits '
-            'over; or write over it: tools/qemu-series refresh --force %s'
-            % tree)
+            'over; or write over it: tools/qemu-series refresh%s --force %s'
+            % (series.option, tree))
     version = _git(tree, 'show', _TAG + ':VERSION')
     with tempfile.TemporaryDirectory() as fresh:
         _git(tree, 'format-patch', *_FORMAT, '--output-directory', fresh,

@@ -2,6 +2,7 @@
 """Pristine source of QEMU 10.0: found, checked, unpacked."""
 
 import collections
+import contextlib
 import hashlib
 import http.client
 import json
@@ -54,12 +55,12 @@ def check_version(version, where):
     """Refuse what the series is not for.
 
     :param version: content of QEMU's file VERSION
-    :param where: what has that version, for the message
+    :param where: what has that version, for the message: "FILE is"
     :raises errors.ToolError: it is no 10.0.x
     """
     if not _WANTED.fullmatch(version):
         raise errors.ToolError(
-            '%s is QEMU %s; this needs a release 10.0.x' % (where, version),
+            '%s QEMU %s; this needs a release 10.0.x' % (where, version),
             'leave --source and --upstream away to take the one of Debian '
             '13, or give another')
 
@@ -82,7 +83,7 @@ def identify(source):
             % (source.tarball, found.stderr.strip().partition('\n')[0]),
             'give one as download.qemu.org or Debian has it')
     version = found.stdout.strip()
-    check_version(version, source.tarball)
+    check_version(version, '%s is' % source.tarball)
     return source._replace(version=version)
 
 
@@ -162,22 +163,29 @@ def local(path, sha256=None):
     return Source(None, _checked(path, sha256), path.absolute())
 
 
-def upstream(version, sha256=None):
+def upstream(version, sha256):
     """A release from download.qemu.org.
 
     :param version: e.g. ``10.0.3``
-    :param sha256: what it must have, or None
+    :param sha256: what it must have
     :returns: :class:`Source`
     :raises errors.ToolError: another version, no network, no such release,
-        wrong checksum
+        no or a wrong checksum
     """
-    check_version(version, 'what --upstream names')
+    check_version(version, '--upstream names')
+    url = _UPSTREAM % version
+    if not sha256:
+        raise errors.ToolError(
+            'the checksum of QEMU %s from download.qemu.org is not known '
+            'here' % version,
+            'give it with --sha256: that of a file which gpg has checked '
+            'with the signature beside it, %s.sig' % url)
     name = 'upstream-' + version
     found = _recall(name)
     if found:
         _checked(found.tarball, sha256)
         return found
-    url = _UPSTREAM % version
+    packages.install('ca-certificates', why='to fetch QEMU')
     with (tempfile.TemporaryDirectory(dir='/var/tmp') as top,
           ui.step('download %s' % url) as step):
         tarball = pathlib.Path(top) / url.rpartition('/')[2]
@@ -198,8 +206,7 @@ def upstream(version, sha256=None):
                 'check the network or set a proxy in https_proxy; or get the '
                 'file elsewhere and give it with --source')
         found = _checked(tarball, sha256)
-        step.note('SHA-256 %s%s' % (found, '' if sha256 else
-                                    ', not compared: no --sha256 given'))
+        step.note('SHA-256 %s' % found)
         return _remember(name, version, found, tarball)
 
 
@@ -235,7 +242,9 @@ def _debian_fetch(step, top):
     # apt fetches as the user _apt where it is started by root.
     top.chmod(0o755)
     if not os.geteuid():
-        shutil.chown(top / 'package', '_apt')
+        # Where there is no such user, apt fetches as root.
+        with contextlib.suppress(LookupError):
+            shutil.chown(top / 'package', '_apt')
     config = ('-c', str(top / 'apt.conf'))
     try:
         packages.apt(step, *config, 'update')
@@ -301,7 +310,8 @@ def add_arguments(parser):
         help='take this source tarball of QEMU 10.0.x')
     origin.add_argument(
         '--upstream', metavar='VERSION',
-        help='take this release from download.qemu.org, e.g. 10.0.3')
+        help='take this release from download.qemu.org, e.g. 10.0.3; needs '
+        '--sha256')
     origin.add_argument(
         '--refresh', action='store_true',
         help='ask whether Debian 13 has a newer point release than the one '

@@ -14,6 +14,11 @@ _INDENT = 6
 _LABEL = 9  # columns
 
 
+def _count(number):
+    """A number for people; None is one that is not known."""
+    return '?' if number is None else format(number, ',')
+
+
 class Show:
     """A screen, or a log.
 
@@ -111,8 +116,8 @@ class Show:
         self.rows([
             ('boot', '%(boot_s).2f s watched, %(stock_boot_s).2f s stock'
              % summary),
-            ('fetches', '%(fetches)s, of %(distinct)s distinct pages'
-             % summary)])
+            ('fetches', '%s, of %s distinct pages' % (
+                _count(summary['fetches']), _count(summary['distinct'])))])
         self.heading('Next')
         self.rows([
             ('read', 'README.rst and doc/source: what it sees, and what not'),

@@ -267,18 +267,6 @@ def run_suite(name):
     return tally
 
 
-def trust_checkout():
-    """Have git work in a checkout that belongs to another user.
-
-    Root may test what a user, or the mount of a container, owns; whoever runs
-    this program trusts the checkout anyway.
-    """
-    count = int(os.environ.get('GIT_CONFIG_COUNT', '0'))
-    os.environ.update({'GIT_CONFIG_COUNT': str(count + 1),
-                       'GIT_CONFIG_KEY_%d' % count: 'safe.directory',
-                       'GIT_CONFIG_VALUE_%d' % count: str(ROOT)})
-
-
 def main(argv=None):
     """tools/test."""
     parser = argparse.ArgumentParser(
@@ -303,7 +291,7 @@ def main(argv=None):
         parser.error('--quick goes with nothing else')
     if options.nightly:
         os.environ['VIRTAV_NIGHTLY'] = '1'
-    trust_checkout()
+    venv.trust_checkout()
     total = Tally()
     for name in QUICK if options.quick else options.names or SUITES:
         total.add(run_suite(name))

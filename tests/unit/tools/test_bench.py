@@ -61,6 +61,14 @@ class TestBoot(base.TestCase):
         self.assertAlmostEqual(1.04, result.limit)
         self.assertFalse(result.short)
 
+    def test_wild_stock_does_not_excuse_off(self):
+        stock = [*_boots(2.0, 4.0, user=1.0), *_boots(2.0, user=1.3)]
+        result = self._results(
+            stock=stock, off=_boots(2.0, 4.0, 2.0, user=1.06))[
+                'off_user_ratio']
+        self.assertAlmostEqual(1.05, result.limit)
+        self.assertTrue(result.short)
+
 
 class TestRoundtrip(base.TestCase):
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,18 @@ def main():
         time.sleep(60)
     finally:
         print('cleaned up', flush=True)
+
+errors.run(main)
+'''
+
+
+_PRINTER = '''
+import sys
+sys.path.insert(0, %r)
+from virtavtools import errors
+
+def main():
+    %s
 
 errors.run(main)
 '''
@@ -49,6 +62,36 @@ class TestRun(base.TestCase):
 
     def test_result(self):
         self.assertEqual(3, self._run(lambda: 3))
+
+    def _start(self, statement, **options):
+        return subprocess.Popen(
+            [sys.executable, '-c', _PRINTER % (str(base.TOOLS), statement)],
+            stderr=subprocess.PIPE, text=True, **options)
+
+    def test_encoding_that_lacks_a_character(self):
+        process = self._start(
+            r'print("\u2713 5 \xb5s")', stdout=subprocess.PIPE,
+            env={'PYTHONIOENCODING': 'ascii'})
+        self.assertEqual(('? 5 ?s\n', ''), process.communicate())
+        self.assertEqual(0, process.returncode)
+
+    def test_nobody_reads(self):
+        for flush, unbuffered in ((True, ''), (False, ''), (False, '1')):
+            with self.subTest(flush=flush, unbuffered=unbuffered):
+                ours, theirs = os.pipe()
+                os.close(ours)
+                process = self._start('print("x", flush=%r)' % flush,
+                                      stdout=theirs,
+                                      env={'PYTHONUNBUFFERED': unbuffered})
+                os.close(theirs)
+                self.assertEqual('', process.communicate()[1])
+                self.assertEqual(1, process.returncode)
+
+    def test_other_broken_pipe_is_not_hushed(self):
+        process = self._start('raise BrokenPipeError("of a socket")',
+                              stdout=subprocess.PIPE)
+        self.assertIn('of a socket', process.communicate()[1])
+        self.assertEqual(1, process.returncode)
 
     def test_sigterm_cleans_up(self):
         process = subprocess.Popen(

@@ -86,8 +86,11 @@ class TestEnsure(base.TestCase):
                 errors.ToolError, r'0001-hello-1\.patch does not apply to '
                 r'QEMU 10\.0\.9') as caught:
             qemu_build.ensure(other, self._series())
-        self.assertIn('tools/qemu-series edit', caught.exception.hint)
-        self.assertIn('--upstream 10.0.7', caught.exception.hint)
+        option = ' --series %s' % self.patches
+        self.assertIn('tools/qemu-series edit%s;' % option,
+                      caught.exception.hint)
+        self.assertIn('tools/build-qemu%s --upstream 10.0.7 --sha256 HEX'
+                      % option, caught.exception.hint)
         self.assertEqual([], self._entries())
 
     def test_no_firmware(self):

@@ -25,6 +25,11 @@ class TestSeries(base.TestCase):
         (self.top / 'series').write_text('b.patch\na.patch\n')
         self.assertNotEqual(first, qemu_series.Series(self.top).digest)
 
+    def test_option(self):
+        self.assertEqual('', qemu_series.Series().option)
+        self.assertEqual(" --series '/a b'",
+                         qemu_series.Series('/a b').option)
+
 
 class TestTree(base.TestCase):
 
@@ -151,6 +156,27 @@ class TestTree(base.TestCase):
         qemu_series.refresh(other, self._series())
         self.assertEqual('10.0.8', self._series().made_for)
         self.assertEqual(2, len(self._series().patches))
+
+    def test_hints_name_the_series(self):
+        option = ' --series %s ' % self.patches
+
+        def hinted(call, *commands):
+            with self.assertRaises(errors.ToolError) as caught:
+                call()
+            for command in commands:
+                self.assertIn('tools/qemu-series ' + command + option,
+                              caught.exception.hint)
+
+        hinted(lambda: qemu_series.refresh(self.top, self._series()), 'edit')
+        self.commit(self.tree, '1\n2\n3\n', 'hello: 2')
+        hinted(self._edit, 'refresh', 'edit')
+        last = self._series().patches[-1]
+        last.write_text(last.read_text().replace('Body', 'Changed'))
+        hinted(lambda: qemu_series.refresh(self.tree, self._series()),
+               'refresh')
+        self.source = qemu_source.local(self.tarball(
+            '10.0.8', hello_c='other\n'))
+        hinted(lambda: self._edit(self.top / 'other'), 'refresh')
 
     def test_refresh_refuses(self):
         before = self.contents(self.patches)

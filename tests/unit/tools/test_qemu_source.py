@@ -6,6 +6,7 @@ from unittest import mock
 from urllib import error as urllib_error
 
 from tests.unit.tools import base
+from virtavtools import cache
 from virtavtools import errors
 from virtavtools import packages
 from virtavtools import qemu_source
@@ -57,29 +58,59 @@ class TestLocal(base.TestCase):
 
 class TestUpstream(base.TestCase):
 
+    def setUp(self):
+        super().setUp()
+        self.install = self._patch(mock.patch.object(packages, 'install'))
+
     def _answer(self, **words):
         return self._patch(mock.patch('urllib.request.urlopen', **words))
 
     def test_other_version_asks_nobody(self):
         urlopen = self._answer()
-        with self.assertRaisesRegex(errors.ToolError, 'is QEMU 9.2.0'):
-            qemu_source.upstream('9.2.0')
+        with self.assertRaisesRegex(errors.ToolError, 'names QEMU 9.2.0'):
+            qemu_source.resolve(_args(upstream='9.2.0'))
         urlopen.assert_not_called()
 
     def test_no_network(self):
         self._answer(side_effect=urllib_error.URLError('no route'))
         with self.assertRaisesRegex(errors.ToolError, 'no route') as caught:
-            qemu_source.upstream('10.0.3')
+            qemu_source.upstream('10.0.3', '00')
         self.assertIn('--source', caught.exception.hint)
+
+    def test_without_checksum_asks_nobody(self):
+        urlopen = self._answer()
+        with self.assertRaisesRegex(errors.ToolError,
+                                    'checksum of QEMU 10.0.3') as caught:
+            qemu_source.resolve(_args(upstream='10.0.3'))
+        self.assertIn('--sha256', caught.exception.hint)
+        urlopen.assert_not_called()
+        self.install.assert_not_called()
+
+    def test_wrong_checksum(self):
+        with open(self.tarball(), 'rb') as stream:
+            stream.headers = {}
+            self._answer(return_value=stream)
+            with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
+                qemu_source.upstream('10.0.7', '00')
+        self.assertFalse((cache.root() / 'source').exists())
+
+    def test_certificates_come_first(self):
+        urlopen = self._answer()
+        self.install.side_effect = errors.ToolError('not root')
+        with self.assertRaisesRegex(errors.ToolError, 'not root'):
+            qemu_source.upstream('10.0.3', '00')
+        self.assertEqual('ca-certificates', self.install.call_args[0][0])
+        urlopen.assert_not_called()
 
     def test_fetched_once(self):
         tarball = self.tarball()
+        sha256 = hashlib.sha256(tarball.read_bytes()).hexdigest()
         with open(tarball, 'rb') as stream:
             stream.headers = {}
             urlopen = self._answer(return_value=stream)
-            first = qemu_source.upstream('10.0.7')
+            first = qemu_source.upstream('10.0.7', sha256)
         self.assertEqual(tarball.read_bytes(), first.tarball.read_bytes())
-        self.assertEqual(first, qemu_source.upstream('10.0.7'))
+        self.assertEqual(first, qemu_source.upstream('10.0.7', sha256))
         urlopen.assert_called_once()
         with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
             qemu_source.upstream('10.0.7', '00')
@@ -92,6 +123,7 @@ class TestDebian(base.TestCase):
         self.tar = self.tarball()
         self.sha256 = hashlib.sha256(self.tar.read_bytes()).hexdigest()
         self._patch(mock.patch.object(packages, 'install'))
+        self.real_fetch = qemu_source._debian_fetch
         self.fetch = self._patch(mock.patch.object(
             qemu_source, '_debian_fetch', self._fetch))
         self.fetched = 0
@@ -123,6 +155,22 @@ class TestDebian(base.TestCase):
         self.sha256 = '1' * 64
         with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
             qemu_source.debian()
+
+    def test_no_user_apt(self):
+        top = self.top / 'apt'
+        top.mkdir()
+
+        def apt(_step, *words, cwd=None):
+            if cwd:
+                (cwd / 'qemu_10.0.7+ds-1.dsc').write_text('it')
+
+        with (mock.patch.object(qemu_source, '_debian_sources',
+                                return_value=('http://a', '')),
+              mock.patch.object(packages, 'apt', apt),
+              mock.patch('os.geteuid', return_value=0),
+              mock.patch('shutil.chown', side_effect=LookupError) as chown):
+            self.assertEqual('it', self.real_fetch(None, top).read_text())
+        chown.assert_called_once()
 
 
 class TestDebianSources(base.TestCase):

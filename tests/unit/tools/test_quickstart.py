@@ -144,6 +144,12 @@ class TestShow(base.TestCase):
         self.assertNotIn('\x1b', text)
         self.assertIn('✓ stopped     4 of 4; the clean program ran\n', text)
 
+    def test_numbers(self):
+        self.assertIn('fetches   3,600, of 3,500 distinct pages\n',
+                      self._shown(_run()))
+        self.assertIn('fetches   3,600, of ? distinct pages\n',
+                      self._shown(_run(distinct=None)))
+
     def test_failure(self):
         text = self._shown(quickstart.Run(
             failure='the emulator ended\nwith a trace\n'))
