@@ -147,6 +147,22 @@ class TestCase(testtools.TestCase):
         self.prompt(machine, 'query-status')
         self.prompt(machine, 'query-page-fetch-monitor')
 
+    def check_waiting(self, machine):
+        """All is answered at once while a vCPU waits, to the end of QEMU.
+
+        :param machine: one of whose vCPUs waits for a verdict that does not
+            come before this is over
+        """
+        for status in ('paused', 'running'):
+            self.prompt(machine, 'stop' if status == 'paused' else 'cont')
+            self.assert_prompt(machine)
+            self.assertEqual(status, machine.status())
+        state = machine.query()
+        self.assertEqual((1, 0), (state['states']['held'],
+                                  state['timeouts']))
+        self.prompt(machine, 'quit')
+        machine.process.wait(2)
+
     def assert_nothing_runs(self, machine, seconds=1):
         """The guest makes no step, and QMP answers, for a while."""
         before = machine.query()['fetches']

@@ -11,6 +11,23 @@ ALLOW = {'on-timeout': 'allow', 'deadline-ms': DEADLINE_MS,
          'on-match': 'block'}
 
 
+class WaitTest(base.TestCase):
+    """A vCPU waits, long before the deadline."""
+
+    def check(self, on_timeout):
+        machine = self.machine(self.worker(start=False), {
+            'on-timeout': on_timeout, 'deadline-ms': 30000})
+        self.eventually('the first fetch', lambda: machine.query()[
+            'fetches'] == 1)
+        self.check_waiting(machine)
+
+    def test_allow(self):
+        self.check('allow')
+
+    def test_deny(self):
+        self.check('deny')
+
+
 class AllowTest(base.TestCase):
     """on-timeout=allow"""
 
@@ -103,7 +120,7 @@ class DenyTest(base.TestCase):
     def test_stop_before_the_deadline_stays(self):
         worker = self.worker(start=False)
         machine = self.machine(worker, {**DENY, 'deadline-ms': 3000})
-        machine.qmp.execute('stop')
+        self.prompt(machine, 'stop')
         self.eventually('the deadline', lambda: machine.query()['timeouts'])
         self.check_stays_stopped(worker, machine)
 

@@ -11,11 +11,11 @@ DEADLINE_MS = 1500
 
 class LossTest(base.TestCase):
 
-    def start(self, on_timeout):
+    def start(self, on_timeout, deadline_ms=DEADLINE_MS):
         """Start worker and guest; the guest is booting then."""
         worker = self.worker()
         machine = self.machine(worker, {
-            'on-timeout': on_timeout, 'deadline-ms': DEADLINE_MS,
+            'on-timeout': on_timeout, 'deadline-ms': deadline_ms,
             'on-match': 'block'})
         self.eventually('a part of the boot', lambda: machine.query()[
             'fetches'] > 1000)
@@ -76,6 +76,20 @@ class LossTest(base.TestCase):
         machine.wait_ready()
         self.check_recovered(machine, worker)
 
+    def check_killed_long_before_the_deadline(self, on_timeout):
+        worker, machine = self.start(on_timeout, 30000)
+        self.kill(worker)
+        self.eventually('the loss', lambda: not machine.query()['connected'])
+        self.eventually('a fetch that waits', lambda: machine.query()[
+            'states']['held'])
+        self.check_waiting(machine)
+
+    def test_killed_long_before_the_deadline_allow(self):
+        self.check_killed_long_before_the_deadline('allow')
+
+    def test_killed_long_before_the_deadline_deny(self):
+        self.check_killed_long_before_the_deadline('deny')
+
     def test_stopped_allow(self):
         worker, machine = self.start('allow')
         worker.signal(signal.SIGSTOP)
@@ -133,19 +147,19 @@ class LossTest(base.TestCase):
         self.match(machine, worker, action='alert', cpl=3, rule=base.RULE)
 
     def test_new_rules(self):
-        worker = self.worker()
-        machine = self.booted(worker)
-        before = machine.query()
         rules = self.home / 'rules'
         rules.mkdir()
-        # Names a text of the guest's shell, which runs all the time.
-        (rules / 'new.yar').write_text(
-            'rule shell { strings: $a = "VIRTAV-NOTHING" '
-            'condition: $a or uint8(0) >= 0 }')
-        worker.stop()
+        (rules / 'none.yar').write_text('rule no_page { condition: false }\n')
         worker = self.worker(rules=rules)
-        # Nothing was written, and yet it is scanned again.
-        self.match(machine, worker, action='alert', rule='shell')
-        after = machine.query()
-        self.assertNotEqual(before['digest'], after['digest'])
-        self.assertGreater(after['rearms'], before['rearms'])
+        machine = self.booted(worker, {'on-match': 'block'})
+        self.assert_ran(machine, 'file')
+        before = machine.query()
+        self.assertEqual(0, before['matches'])
+        worker.stop()
+        worker = self.worker()
+        self.eventually('the new rules', lambda: machine.query().get(
+            'digest') not in (None, before['digest']))
+        self.assertGreater(machine.query()['rearms'], before['rearms'])
+        # The guest has it in its page cache: no page of it is written, and
+        # yet it is scanned again.
+        self.assert_blocked(machine, worker, 'file')
