@@ -48,7 +48,22 @@ def _end(process, timeout=10):
             process.wait()
 
 
-class Worker:
+class _Running:
+    """Context manager of what has ``start()`` and ``stop()``."""
+
+    def __enter__(self):
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_exception):
+        self.stop()
+
+
+class Worker(_Running):
     """A scan worker, ``virtav-scan-worker``, with a directory of its own.
 
     :param home: directory for its socket, configuration, log and journal
@@ -69,17 +84,6 @@ class Worker:
         self._config.write_text('[virtav_worker]\n' + ''.join(
             '%s = %s\n' % pair for pair in settings.items()))
         (home / 'state').mkdir(exist_ok=True)
-
-    def __enter__(self):
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_exception):
-        self.stop()
 
     def start(self, timeout=30):
         """Start it and wait until it listens.
@@ -155,7 +159,7 @@ class Worker:
             time.sleep(0.02)
 
 
-class Machine:
+class Machine(_Running):
     """A guest of ``tools/build-guest`` under an emulator.
 
     :param emulator: path of ``qemu-system-x86_64``
@@ -199,17 +203,6 @@ class Machine:
         self.started = None
         self.lines = []
         self._console = b''
-
-    def __enter__(self):
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_exception):
-        self.stop()
 
     def start(self):
         """Start the emulator and connect to its QMP socket.

@@ -68,15 +68,16 @@ def _ask(emulator, *words, text=''):
                                % emulator.parents[1])
 
 
-def _check(emulator, patched):
+def _check(emulator, series):
     """See that an emulator starts with its firmware, and has the monitor."""
     _ask(emulator, '-accel', 'tcg', '-machine', 'q35', '-S', '-display',
          'none', '-qmp', 'stdio',
          text='{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n')
-    if patched and _OBJECT not in _ask(emulator, '-object', 'help').split():
+    if series and _OBJECT not in _ask(emulator, '-object', 'help').split():
         raise errors.ToolError(
             'the patched QEMU has no object %s' % _OBJECT,
-            'the series is not complete: tools/qemu-series edit')
+            'the series is not complete: tools/qemu-series edit%s'
+            % series.option)
 
 
 def _install_firmware():
