@@ -3,12 +3,15 @@
 
 import contextlib
 import functools
+import mmap
 import os
 import socket
 import threading
 import time
 
+from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
+from virtav_nova.worker import table
 
 RULE = 'VirtAV_Fake'
 
@@ -17,19 +20,32 @@ class Session:
     """A connection, for a script.
 
     :param connection: connected socket
+    :ivar hello: the HELLO, once it was received
+    :ivar table: :class:`table.VerdictTable`, once one was offered
+    :ivar end: :class:`ring.WorkerEnd`, once a ring was offered
+    :ivar memory: of the ring, as ``mmap``, to be written at will
     """
 
     def __init__(self, connection):
         self.hello = None
         self.key = os.urandom(wire.KEY_SIZE)
+        self.table = self.end = self.memory = None
+        self._fds = []
         self._connection = connection
         self._decoder = wire.Decoder((wire.Hello, wire.Request))
 
+    def close(self):
+        """Close what it opened."""
+        while self._fds:
+            os.close(self._fds.pop())
+
     def receive(self):
-        """The next frame of QEMU's.
+        """The next frame of QEMU's, from wherever it sends them.
 
         :raises EOFError: QEMU closed the connection
         """
+        if self.end:
+            return self._take()
         while (frame := self._decoder.frame()) is None:
             count = self._connection.recv_into(self._decoder.room())
             if not count:
@@ -38,11 +54,40 @@ class Session:
         if isinstance(frame, wire.Request):
             # What it holds of the decoder's buffer would not last.
             frame = frame._replace(page=bytes(frame.page))
+        elif isinstance(frame, wire.Hello):
+            self.hello = frame
         return frame
 
-    def send(self, data):
-        """Send bytes, whether they are a frame or not."""
+    def _take(self):
+        while (data := self.end.requests.take()) is None:
+            if not self._connection.recv(99):
+                raise EOFError
+        return wire.whole(wire.Request, data)
+
+    def send(self, data, fds=()):
+        """Send bytes over the socket, whether they are a frame or not.
+
+        :param fds: file descriptors to send along; they stay open here
+        """
+        if fds:
+            data = data[socket.send_fds(self._connection, [data], fds):]
         self._connection.sendall(data)
+
+    def put(self, data):
+        """Send a verdict to where QEMU looks for it.
+
+        :param data: at most 256 bytes, whether they are a frame or not
+        """
+        if self.end:
+            self.end.verdicts.put(data)
+            self.tell()
+        else:
+            self.send(data)
+
+    def tell(self):
+        """Ring QEMU's doorbell."""
+        with contextlib.suppress(BlockingIOError):
+            self._connection.send(ring.DOORBELL, socket.MSG_DONTWAIT)
 
     def welcome(self, **changes):
         """A good WELCOME but for the changes.
@@ -52,10 +97,42 @@ class Session:
         return wire.Welcome(wire.VERSION, 64, bytes(32), self.key,
                             1)._replace(**changes)
 
-    def greet(self):
-        """Take the HELLO and answer it."""
-        self.hello = self.receive()
-        self.send(self.welcome().pack())
+    def make_table(self, entries, epoch=1):
+        """Make :attr:`table`.
+
+        :returns: the file descriptor for QEMU
+        """
+        fd = table.create(entries, epoch)
+        self._fds += [fd, table.reader(fd)]
+        self.table = table.VerdictTable(fd)
+        return self._fds[-1]
+
+    def make_ring(self, slots):
+        """Make a ring, and use it from now on.
+
+        :returns: the file descriptor for QEMU
+        """
+        self._fds.append(ring.create(slots))
+        self.end = ring.WorkerEnd(self._fds[-1], slots, slots)
+        self.memory = mmap.mmap(self._fds[-1], 0)
+        return self._fds[-1]
+
+    def greet(self, table_entries=0, ring_slots=0, **changes):
+        """Take the HELLO and answer it.
+
+        :param table_entries: of a verdict table to offer; 0 for none
+        :param ring_slots: of a ring to offer and to use; 0 for none
+        :param changes: see :meth:`welcome`
+        """
+        self.receive()
+        fds = []
+        if table_entries:
+            fds.append(self.make_table(table_entries))
+        if ring_slots:
+            fds.append(self.make_ring(ring_slots))
+        self.send(self.welcome(
+            table_entries=table_entries, ring_slots=ring_slots,
+            **changes).pack(), fds)
 
     def verdict(self, request, result=wire.Result.CLEAN, rule='', **changes):
         """A good VERDICT but for the changes.
@@ -69,16 +146,17 @@ class Session:
 
     def answer(self, request, *arguments, **changes):
         """Send what :meth:`verdict` gives."""
-        self.send(self.verdict(request, *arguments, **changes).pack())
+        self.put(self.verdict(request, *arguments, **changes).pack())
 
 
-def honest(session, signature=None, delay=0):
+def honest(session, signature=None, delay=0, **offers):
     """A script that answers as a worker should.
 
     :param signature: bytes that a page must not have
     :param delay: of each answer, in seconds
+    :param offers: see :meth:`Session.greet`
     """
-    session.greet()
+    session.greet(**offers)
     while True:
         request = session.receive()
         time.sleep(delay)
@@ -137,9 +215,10 @@ class Worker:
                 self._spawn(functools.partial(self._serve, connection))
 
     def _serve(self, connection):
-        with connection:
+        session = Session(connection)
+        with connection, contextlib.closing(session):
             try:
-                self.script(Session(connection))
+                self.script(session)
             except (OSError, EOFError):
                 pass
             except Exception as error:

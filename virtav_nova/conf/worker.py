@@ -4,6 +4,31 @@
 from oslo_config import cfg
 from oslo_config import types
 
+from virtav_nova.monitor import wire
+
+
+class PowerOfTwo(types.Integer):
+    """A power of two, or 0.
+
+    :param least: the smallest but for 0.
+    :param most: the largest.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__(0, most, type_name='power of two')
+        self._least, self._most = least, most
+
+    def __call__(self, value: object) -> int:
+        """:raises ValueError: when the value is none."""
+        number = super().__call__(value)
+        if (not isinstance(number, int) or number & (number - 1)
+                or 0 < number < self._least):
+            raise ValueError(
+                f'{number} is neither 0 nor a power of two from '
+                f'{self._least} to {self._most}')
+        return number
+
+
 GROUP = cfg.OptGroup(
     'virtav_worker',
     title='Scan worker',
@@ -159,6 +184,35 @@ Most pages that one instance may have waiting for a verdict.
 
 A session that sends more is closed: a well-behaved QEMU never does. Bounds
 the worker's memory: 4.2 KiB for each page that really waits.
+"""),
+    cfg.Opt(
+        'table_entries',
+        type=PowerOfTwo(*wire.TABLE_ENTRIES),
+        default=1 << 20,
+        help="""
+Clean pages that the verdict table holds: a power of two, or 0 for no table.
+
+The table is memory of the worker that each QEMU can read. A page that is in
+it, because it was scanned before for whatever instance, runs without asking
+the worker. It takes 16 bytes an entry, once for the host.
+
+How long a page takes to run the first time tells a guest whether the same
+has run on this host before. Where that must not be known, set it to 0.
+"""),
+    cfg.Opt(
+        'ring_slots',
+        type=PowerOfTwo(*wire.RING_SLOTS),
+        default=64,
+        help="""
+Pages that the shared memory of a session has room for: a power of two, or 0
+for no shared memory.
+
+Pages and verdicts go through this memory in less time than through the
+socket. It takes 4.5 KiB for each page of each session, so at most
+``max_sessions`` times ``ring_slots`` times that (73 MiB by default), and
+another open file for each session. Where it cannot be had, or QEMU does not
+take it, the session uses the socket. No more pages than this wait at a time,
+whatever ``max_in_flight`` says.
 """),
     cfg.FloatOpt(
         'handshake_timeout',

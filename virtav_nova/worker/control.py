@@ -6,8 +6,9 @@ process works on hostile data, so the main process reads nothing from it that
 could be code, and nothing without bound.
 
 To the scan process: ``start`` (engine, scan_timeout_ms, key, max_in_flight,
-busy_poll_us, skip), ``session`` (session; the connected socket comes with
-it), ``skip`` (tag) and ``drain`` (seconds). From it: ``ready``, ``match``
+busy_poll_us, skip), ``session`` (session, slots; the connected socket comes
+with it, and the memory of a ring if slots is not 0),
+``skip`` (tag) and ``drain`` (seconds). From it: ``ready``, ``match``
 (session, record), ``fault`` (session, reason) and ``closed`` (session,
 reason, counts).
 """
@@ -20,6 +21,8 @@ Message: typing.TypeAlias = dict[str, typing.Any]
 
 #: Longest message in bytes.
 MESSAGE_MAX = 64 << 10
+#: Most file descriptors that come with a message.
+FDS_MAX = 2
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scan processes and what they tell of their sessions."""
 
+import errno
 import functools
 import itertools
 import logging
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -16,11 +18,13 @@ from virtav_nova import text
 from virtav_nova.alerts import journal
 from virtav_nova.alerts import record
 from virtav_nova.engines import base
+from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
 from virtav_nova.worker import board
 from virtav_nova.worker import control
 from virtav_nova.worker import limit
 from virtav_nova.worker import process
+from virtav_nova.worker import table
 
 LOG = logging.getLogger(__name__)
 
@@ -39,6 +43,10 @@ _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL,
             signal.SIGFPE)
 #: Messages taken from a scan process before others get their turn.
 _MESSAGES_MAX = 64
+#: Open files of a scan process beside those of its sessions, at most.
+_FILES = 64
+#: Open files that a ring takes of a scan process.
+_RING_FILES = 1
 
 
 class StartError(Exception):
@@ -56,19 +64,26 @@ class Pool:
     :param engine: with the compiled rules.
     :param digest: of the rule set.
     :param key: tag key.
+    :param epoch: of the rule set.
     :param alerts: the journal.
     :param selector: of the main loop; calls what is registered with it.
+    :ivar table_fd: of the verdict table, to be read only; None for no table.
     """
 
     def __init__(self, options: cfg.ConfigOpts.GroupAttr, engine: base.Engine,
-                 digest: bytes, key: bytes, alerts: journal.Journal,
-                 selector: selectors.BaseSelector) -> None:
+                 digest: bytes, key: bytes, epoch: int,
+                 alerts: journal.Journal, selector: selectors.BaseSelector
+                 ) -> None:
         self._digest = digest
         self._journal = alerts
         self._selector = selector
+        table_fd, self.table_fd = _table(options.table_entries, epoch)
         self._setup = process.Setup(
             engine, key, options.scan_timeout_ms, options.max_in_flight,
-            options.busy_poll_us)
+            options.busy_poll_us, table_fd)
+        self._ring_slots = options.ring_slots if ring.SUPPORTED else 0
+        self._rings_max = (_rings_max(options.max_sessions)
+                           if self._ring_slots else 0)
         self._scan_limit = options.scan_timeout_ms / 1000 + _GRACE
         #: How many there are to be.
         self._wanted = options.processes or len(os.sched_getaffinity(0))
@@ -83,6 +98,7 @@ class Pool:
         self._abuse = limit.LogLimit(LOG, 10, 60)
         self._faults = limit.LogLimit(LOG, 10, 60)
         self._losses = limit.LogLimit(LOG, 20, 60)
+        self._ringless = limit.LogLimit(LOG, 1, 60)
 
     def __len__(self) -> int:
         return len(self._processes)
@@ -93,12 +109,13 @@ class Pool:
         return sum(len(scanning.sessions) for scanning in self._processes)
 
     def open(self, number: int, hello: wire.Hello, connection: socket.socket
-             ) -> int:
+             ) -> tuple[int, int | None]:
         """Have a session served.
 
         :param number: that the session is known by from now on.
         :param connection: that HELLO came from; stays open here.
-        :returns: process id of the scan process.
+        :returns: process id of the scan process; and a file descriptor of
+            the ring for its frames, to be closed by the caller, or None.
         :raises OverloadError: when no process takes it.
         """
         # One that is still loading its rules is soon done; a session stays
@@ -108,12 +125,34 @@ class Pool:
             key=lambda one: (len(one.sessions), not one.ready))
         if scanning is None:
             raise OverloadError('no scan process is running')
+        ring_fd = None
+        if hello.flags & wire.SHARED and self._ring_slots:
+            ring_fd = self._ring(len(scanning.sessions))
         try:
-            scanning.hand_over(number, hello, connection)
+            scanning.hand_over(
+                number, hello, connection, ring_fd,
+                0 if ring_fd is None else self._ring_slots)
         except OSError as error:
+            if ring_fd is not None:
+                os.close(ring_fd)
             raise OverloadError('the scan process is stuck') from error
         self._journal.append(record.session('opened', hello, self._digest))
-        return scanning.pid
+        return scanning.pid, ring_fd
+
+    def _ring(self, sessions: int) -> int | None:
+        """Make a ring, if that can be.
+
+        :param sessions: of the scan process by now.
+        """
+        try:
+            if sessions >= self._rings_max:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return ring.create(self._ring_slots)
+        except OSError as error:
+            self._ringless.warning(
+                'No shared memory for a session, it uses its socket: %s',
+                error.strerror)
+            return None
 
     def due(self) -> float | None:
         """Tell when to call :meth:`keep` at the latest.
@@ -280,3 +319,45 @@ class Pool:
         self._losses.warning(
             'Page %s of instance %s is answered as unknown from now on',
             scan.tag.hex(), hello and hello.instance)
+
+
+def _table(entries: int, epoch: int) -> tuple[int | None, int | None]:
+    """Make the verdict table.
+
+    :param entries: 0 for no table.
+    :returns: a file descriptor to write it and one to read it only; None
+        and None when there is no table.
+    """
+    if not entries:
+        return None, None
+    writable = None
+    try:
+        writable = table.create(entries, epoch)
+        return writable, table.reader(writable)
+    except OSError as error:
+        if writable is not None:
+            os.close(writable)
+        LOG.error('There is no verdict table: %s', error.strerror)
+        return None, None
+
+
+def _rings_max(sessions: int) -> int:
+    """Have scan processes open as many files as they may need.
+
+    :param sessions: most sessions; one scan process may have them all.
+    :returns: how many of them may have a ring.
+    """
+    wanted = _FILES + (1 + _RING_FILES) * sessions
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return sessions
+    if files < wanted:
+        files = (wanted if hard == resource.RLIM_INFINITY
+                 else min(wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    rings = max(min(files, wanted) - _FILES - sessions, 0) // _RING_FILES
+    if rings < sessions:
+        LOG.warning('A scan process may open %s files, enough for %s rings; '
+                    'with %s all sessions could have one', files, rings,
+                    wanted)
+    return rings

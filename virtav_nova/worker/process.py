@@ -35,10 +35,12 @@ class Setup:
     :param scan_timeout_ms: limit of one scan.
     :param max_in_flight: requests of one session that may wait.
     :param busy_poll_us: how long to look for the next request before sleep.
+    :param table_fd: of the verdict table, writable; None for no table.
     """
 
     def __init__(self, engine: base.Engine, key: bytes, scan_timeout_ms: int,
-                 max_in_flight: int, busy_poll_us: int) -> None:
+                 max_in_flight: int, busy_poll_us: int,
+                 table_fd: int | None) -> None:
         kind = type(engine)
         self._start = {
             'engine': f'{kind.__module__}:{kind.__qualname__}',
@@ -47,6 +49,7 @@ class Setup:
             'max_in_flight': max_in_flight,
             'busy_poll_us': busy_poll_us,
         }
+        self.table_fd = table_fd
         self.rules_fd = os.memfd_create(
             'virtav-rules', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(os.dup(self.rules_fd), 'wb') as rules:
@@ -83,7 +86,8 @@ class ScanProcess:
             with theirs:
                 self.control.send(setup.message(skip))
                 self._process = _spawn(
-                    theirs.fileno(), board_fd, setup.rules_fd)
+                    theirs.fileno(), board_fd, setup.rules_fd,
+                    setup.table_fd)
         finally:
             os.close(board_fd)
 
@@ -93,16 +97,22 @@ class ScanProcess:
         return self._process.pid
 
     def hand_over(self, number: int, hello: wire.Hello,
-                  connection: socket.socket) -> None:
+                  connection: socket.socket, ring_fd: int | None,
+                  slots: int) -> None:
         """Let it serve a session.
 
         :param number: that the session is known by.
         :param connection: that HELLO came from; stays open here.
+        :param ring_fd: memory for its frames, stays open here; None when
+            they go over the connection.
+        :param slots: of the ring, 0 without one.
         :raises OSError: when it takes no session.
         """
-        socket.send_fds(
-            self.control, [control.pack('session', session=number)],
-            [connection.fileno()])
+        fds = [connection.fileno()]
+        if ring_fd is not None:
+            fds.append(ring_fd)
+        socket.send_fds(self.control, [control.pack(
+            'session', session=number, slots=slots)], fds)
         self.sessions[number] = hello
 
     def tell(self, kind: str, **content: object) -> None:
@@ -160,16 +170,19 @@ class ScanProcess:
         return self._process.wait(), self._board.scan()
 
 
-def _spawn(control_fd: int, board_fd: int, rules_fd: int
-           ) -> subprocess.Popen[bytes]:
-    fds = (control_fd, board_fd, rules_fd)
+def _spawn(control_fd: int, board_fd: int, rules_fd: int,
+           table_fd: int | None) -> subprocess.Popen[bytes]:
+    fds = [control_fd, board_fd, rules_fd]
+    if table_fd is not None:
+        fds.append(table_fd)
     # The mask is inherited, so these signals never reach the new process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         # -P: the working directory is nothing to load code from.
         return subprocess.Popen(
             [sys.executable, '-P', '-m', 'virtav_nova.worker.scan',
-             *map(str, fds), str(os.getpid())],
+             str(control_fd), str(board_fd), str(rules_fd),
+             str(-1 if table_fd is None else table_fd), str(os.getpid())],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -7,6 +7,7 @@ does everything, and it does little: a vCPU waits for each round trip.
 
 import collections
 import ctypes
+import errno
 import gc
 import importlib
 import os
@@ -15,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-import typing
 
 from virtav_nova import text
 from virtav_nova.alerts import record
@@ -23,6 +23,8 @@ from virtav_nova.engines import base
 from virtav_nova.monitor import wire
 from virtav_nova.worker import board
 from virtav_nova.worker import control
+from virtav_nova.worker import link
+from virtav_nova.worker import table
 
 #: Page tags that a process remembers for the counts of its sessions.
 DISTINCT_MAX = 262144
@@ -36,25 +38,23 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Session:
-    """One connection of a QEMU."""
+    """One connection of a QEMU.
+
+    :param number: that the main process knows it by.
+    :param transport: to QEMU.
+    """
 
     __slots__ = (
-        'connection', 'decoder', 'dropped', 'fd', 'fetches', 'matches',
-        'number', 'queued', 'reason', 'tags', 'unknown', 'unsent')
+        'dropped', 'fetches', 'link', 'matches', 'number', 'queued',
+        'reason', 'tags', 'unknown')
 
-    def __init__(self, number: int, connection: socket.socket,
-                 max_in_flight: int) -> None:
+    def __init__(self, number: int, transport: link.Link) -> None:
         self.number = number
-        self.connection = connection
-        self.fd = connection.fileno()
-        # Room for one request too many, so that it can be seen.
-        self.decoder = wire.Decoder([wire.Request], max_in_flight + 1)
+        self.link = transport
         #: Stands in the queue of sessions with something to serve.
         self.queued = False
         #: Why it ends; nothing more is received once this is set.
         self.reason: str | None = None
-        #: The rest of a verdict that the peer does not take yet.
-        self.unsent = b''
         self.fetches = 0
         self.matches = 0
         self.unknown = 0
@@ -83,21 +83,26 @@ class Scanner:
     :param max_in_flight: requests of one session that may wait.
     :param busy_poll_us: how long to look for the next request before sleep.
     :param skip: tags of pages that are not to be scanned again.
+    :param verdicts: where clean pages are noted, or None.
     """
 
     def __init__(self, main: socket.socket, scans: board.Board,
                  engine: base.Engine, key: bytes, max_in_flight: int,
-                 busy_poll_us: int, skip: set[bytes]) -> None:
+                 busy_poll_us: int, skip: set[bytes],
+                 verdicts: table.VerdictTable | None) -> None:
         self._main = main
         self._scans = scans
         self._engine = engine
-        self._key = key
+        self._tagger = wire.Tagger(key)
         self._max_in_flight = max_in_flight
         self._busy_poll = busy_poll_us * 1000
         self._skip = skip
+        self._table = verdicts
         self._poll = select.epoll()
         self._poll.register(main, select.EPOLLIN)
         self._sessions: dict[int, Session] = {}
+        #: The one with a ring that was served last.
+        self._recent: Session | None = None
         self._queue: collections.deque[Session] = collections.deque()
         self._waiting: collections.deque[bytes] = collections.deque()
         self._remembered = 0
@@ -129,9 +134,15 @@ class Scanner:
         patience = self._patience()
         if self._busy_poll and patience != 0 and self._sessions:
             end = time.monotonic_ns() + self._busy_poll
+            recent = self._recent
             while time.monotonic_ns() < end:
                 if events := self._poll.poll(0):
                     return events
+                # Its memory tells sooner than its doorbell. Not before the
+                # others had their chance.
+                if recent is not None and recent.link.waiting():
+                    self._enqueue(recent)
+                    return []
         return self._poll.poll(patience)
 
     def _patience(self) -> float | None:
@@ -147,8 +158,8 @@ class Scanner:
         return max(left, 0)
 
     def _attend(self, session: Session) -> None:
-        if session.unsent:
-            self._send(session, session.unsent)
+        if session.link.unsent:
+            self._send(session, session.link.unsent)
         self._receive(session)
 
     def _receive(self, session: Session) -> bool:
@@ -158,54 +169,51 @@ class Scanner:
         """
         if session.reason is not None:
             return False
-        decoder = session.decoder
         try:
-            count = session.connection.recv_into(decoder.room())
+            more = session.link.receive()
         except BlockingIOError:
+            return False
+        except EOFError:
+            self._end(session, 'peer closed the connection')
             return False
         except OSError as error:
             self._end(session, f'receiving failed: {error.strerror}')
             return False
-        if not count:
-            self._end(session, 'peer closed the connection')
-            return False
-        decoder.filled(count)
-        if decoder.held // wire.REQUEST_SIZE > self._max_in_flight:
-            self._break(session, 'more requests in flight than allowed')
+        except wire.ProtocolError as error:
+            self._break(session, str(error))
             return False
         self._enqueue(session)
-        return True
+        return more
 
     def _serve(self, session: Session) -> None:
         """Answer the next request of a session, if it is complete."""
-        if session.unsent:
+        transport = session.link
+        if transport.unsent:
             return
         try:
-            request = session.decoder.frame()
+            request = transport.take()
             if request is None:
                 if session.reason is not None:
                     self._close(session)
                 return
-            verdict = self._verdict(
-                session, typing.cast('wire.Request', request))
+            verdict = self._verdict(session, request)
+            self._send(session, verdict.pack())
         except wire.ProtocolError as error:
             self._break(session, str(error))
             return
-        self._send(session, verdict.pack())
-        if session.decoder.held or session.reason is not None:
+        # The rest can wait, other than the vCPU.
+        if transport.shared:
+            self._recent = session
+        if transport.waiting() or session.reason is not None:
             self._enqueue(session)
+        self._remember(session, verdict)
 
     def _verdict(self, session: Session, request: wire.Request
                  ) -> wire.Verdict:
-        tag = wire.page_tag(self._key, request.page)
+        tag = self._tagger.tag(request.page)
         if tag != request.tag:
             raise wire.ProtocolError('the tag does not fit the page')
         session.fetches += 1
-        if session.tags is not None and tag not in session.tags:
-            session.tags.add(tag)
-            self._remembered += 1
-            if self._remembered > DISTINCT_MAX:
-                self._forget_most()
         if tag in self._skip:
             matches = None
         else:
@@ -228,6 +236,17 @@ class Scanner:
             result = wire.Result.CLEAN
         return wire.Verdict(
             request.id, request.generation, tag, result, rule)
+
+    def _remember(self, session: Session, verdict: wire.Verdict) -> None:
+        """Note what a verdict said, after it went out."""
+        tag = verdict.tag
+        if self._table is not None and verdict.result == wire.Result.CLEAN:
+            self._table.add(tag)
+        if session.tags is not None and tag not in session.tags:
+            session.tags.add(tag)
+            self._remembered += 1
+            if self._remembered > DISTINCT_MAX:
+                self._forget_most()
 
     def _scan(self, session: Session, tag: bytes, page: bytes | memoryview
               ) -> list[base.Match] | None:
@@ -254,16 +273,17 @@ class Scanner:
         largest.tags = None
 
     def _send(self, session: Session, data: bytes) -> None:
-        stalled = bool(session.unsent)
+        """Send a verdict, or the rest of one.
+
+        :raises ProtocolError: when the peer does not let it be sent.
+        """
+        stalled = bool(session.link.unsent)
         try:
-            session.unsent = data[session.connection.send(data):]
-        except BlockingIOError:
-            session.unsent = data
+            session.link.send(data)
         except OSError as error:
             # What was received is scanned all the same: it may match.
-            session.unsent = b''
             self._end(session, f'sending failed: {error.strerror}')
-        if stalled != bool(session.unsent):
+        if stalled != bool(session.link.unsent):
             self._watch(session)
             self._enqueue(session)
 
@@ -271,9 +291,9 @@ class Scanner:
         events = 0
         if session.reason is None:
             events |= select.EPOLLIN
-        if session.unsent:
+        if session.link.unsent:
             events |= select.EPOLLOUT
-        self._poll.modify(session.fd, events)
+        self._poll.modify(session.link.fd, events)
 
     def _enqueue(self, session: Session) -> None:
         if not session.queued:
@@ -284,6 +304,7 @@ class Scanner:
         """Receive no more; close when all that came is answered."""
         if session.reason is None:
             session.reason = reason
+            session.link.stop()
             self._watch(session)
             self._enqueue(session)
 
@@ -293,12 +314,14 @@ class Scanner:
         self._close(session)
 
     def _close(self, session: Session) -> None:
-        del self._sessions[session.fd]
+        del self._sessions[session.link.fd]
         if session.queued:
             self._queue.remove(session)
+        if session is self._recent:
+            self._recent = None
         self._remembered -= len(session.tags or ())
-        self._poll.unregister(session.fd)
-        session.connection.close()
+        self._poll.unregister(session.link.fd)
+        session.link.close()
         self._tell('closed', session=session.number, reason=session.reason,
                    counts=session.counts())
 
@@ -310,12 +333,12 @@ class Scanner:
             return
         try:
             data, fds, _flags, _address = socket.recv_fds(
-                self._main, control.MESSAGE_MAX, 1)
+                self._main, control.MESSAGE_MAX, control.FDS_MAX)
         except OSError as error:
             raise EOFError from error
         message = control.unpack(data)
         if message['type'] == 'session':
-            self._open(message['session'], fds)
+            self._open(message['session'], message['slots'], fds)
         elif message['type'] == 'skip':
             self._skip.add(bytes.fromhex(message['tag']))
         elif message['type'] == 'drain':
@@ -325,16 +348,34 @@ class Scanner:
                     pass
                 self._end(session, 'worker drained')
 
-    def _open(self, number: int, fds: list[int]) -> None:
-        if not fds:
-            # The kernel drops what does not fit into the table of files.
+    def _open(self, number: int, slots: int, fds: list[int]) -> None:
+        try:
+            transport = self._link(slots, fds)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
             self._tell('closed', session=number, counts=None,
-                       reason='the scan process has no file left')
+                       reason=f'the scan process has {error.strerror}')
             return
-        session = Session(
-            number, socket.socket(fileno=fds[0]), self._max_in_flight)
-        self._sessions[session.fd] = session
-        self._poll.register(session.fd, select.EPOLLIN)
+        self._sessions[transport.fd] = Session(number, transport)
+        self._poll.register(transport.fd, select.EPOLLIN)
+
+    def _link(self, slots: int, fds: list[int]) -> link.Link:
+        """:raises OSError: the file descriptors are all still open."""
+        if len(fds) < 1 + bool(slots):
+            # The kernel drops what does not fit into the table of files.
+            raise OSError(errno.EMFILE, 'no file left')
+        connection = socket.socket(fileno=fds[0])
+        if not slots:
+            return link.SocketLink(connection, self._max_in_flight)
+        try:
+            transport = link.RingLink(
+                connection, fds[1], slots, self._max_in_flight)
+        except OSError as error:
+            connection.detach()
+            raise OSError(error.errno, 'no room for the ring') from error
+        os.close(fds[1])
+        return transport
 
     def _tell(self, kind: str, limit: int | None = None, **content: object
               ) -> bool:
@@ -366,10 +407,11 @@ class Scanner:
 def main() -> int:
     """Run a scan process.
 
-    Arguments: file descriptors of the socket to the main process, the board
-    and the compiled rules; process id of the main process.
+    Arguments: file descriptors of the socket to the main process, the board,
+    the compiled rules and the verdict table (-1: there is none); process id
+    of the main process.
     """
-    control_fd, board_fd, rules_fd, parent = map(int, sys.argv[1:])
+    control_fd, board_fd, rules_fd, table_fd, parent = map(int, sys.argv[1:])
     # A rule may keep this process from noticing that its parent is gone.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -384,11 +426,15 @@ def main() -> int:
     del image, rules
     scans = board.Board(board_fd)
     os.close(board_fd)
+    verdicts = None
+    if table_fd >= 0:
+        verdicts = table.VerdictTable(table_fd)
+        os.close(table_fd)
     scanner = Scanner(
         main_process, scans, engine,
         bytes.fromhex(start['key']), start['max_in_flight'],
         start['busy_poll_us'],
-        {bytes.fromhex(tag) for tag in start['skip']})
+        {bytes.fromhex(tag) for tag in start['skip']}, verdicts)
     # What exists now stays for good: no need to look through it again.
     gc.freeze()
     try:

@@ -60,8 +60,8 @@ class Server:
         # One key for all sessions: equal pages have equal tags, and what was
         # learnt of a page outlives its session.
         self._key = os.urandom(wire.KEY_SIZE)
-        self._pool = pool.Pool(options, engine, digest, self._key, alerts,
-                               self._selector)
+        self._pool = pool.Pool(options, engine, digest, self._key, _EPOCH,
+                               alerts, self._selector)
         self._handshakes: dict[socket.socket, handshake.Handshake] = {}
         self._numbers = itertools.count(1)
         self._listening = False
@@ -204,18 +204,32 @@ class Server:
                 wire.Refusal.OVERLOAD, 'as many sessions as are allowed')
         number = next(self._numbers)
         try:
-            pid = self._pool.open(number, hello, waiting.connection)
+            pid, ring_fd = self._pool.open(
+                number, hello, waiting.connection)
         except pool.OverloadError as error:
             raise handshake.Refused(
                 wire.Refusal.OVERLOAD, str(error)) from error
         LOG.info('Session %s of instance %s opened by process %s of user %s, '
-                 'group %s; policy %s, on match %s; scan process %s',
+                 'group %s; policy %s, on match %s; %s; scan process %s',
                  number, hello.instance, waiting.peer.pid, waiting.peer.uid,
                  waiting.peer.gid, hello.policy.name.lower(),
-                 hello.on_match.name.lower(), pid)
-        waiting.connection.send(wire.Welcome(
-            wire.VERSION, self._options.max_in_flight, self._digest,
-            self._key, _EPOCH).pack())
+                 hello.on_match.name.lower(),
+                 'socket' if ring_fd is None else 'ring', pid)
+        fds = []
+        entries = slots = 0
+        if hello.flags & wire.SHARED and self._pool.table_fd is not None:
+            fds.append(self._pool.table_fd)
+            entries = self._options.table_entries
+        if ring_fd is not None:
+            fds.append(ring_fd)
+            slots = self._options.ring_slots
+        try:
+            socket.send_fds(waiting.connection, [wire.Welcome(
+                wire.VERSION, self._options.max_in_flight, self._digest,
+                self._key, _EPOCH, entries, slots).pack()], fds)
+        finally:
+            if ring_fd is not None:
+                os.close(ring_fd)
         self._drop(waiting)
 
     def _refuse(self, waiting: handshake.Handshake,

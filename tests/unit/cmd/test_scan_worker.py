@@ -68,6 +68,9 @@ class CheckTest(base.TestCase):
                 ('scan_timeout_ms = 1', 'scan_timeout_ms: '),
                 ('socket_mode = rw', "socket_mode: Value 'rw'"),
                 ('processes = -1', 'processes: '),
+                ('table_entries = 3', 'table_entries: 3 is neither 0 nor a '
+                 'power of two from 4 to 67108864'),
+                ('ring_slots = 2048', 'ring_slots: '),
                 ('max_sessions = 0', 'max_sessions: ')):
             with self.subTest(options):
                 self._assert_fails(f'[virtav_worker] {message}', options)

@@ -31,3 +31,25 @@ class OptsTest(unittest.TestCase):
         conf.set_override('state_dir', '/srv/virtav', 'virtav_worker')
         self.assertEqual('/srv/virtav/alerts/journal.jsonl',
                          conf.virtav_worker.journal_path)
+
+    def test_sizes_of_shared_memory(self):
+        conf = cfg.ConfigOpts()
+        virtav_conf.register_opts(conf)
+        conf([])
+        group = conf.virtav_worker
+        self.assertEqual((1 << 20, 64),
+                         (group.table_entries, group.ring_slots))
+        for name, good, bad in (
+                ('table_entries', ('0', '4', '67108864'),
+                 ('1', '2', '3', '12', '-4', '134217728', 'many', '')),
+                ('ring_slots', ('0', '1', '2', '1024'),
+                 ('3', '63', '-1', '2048', '1.5', ''))):
+            # The group is shared by all configurations there are.
+            self.addCleanup(conf.clear_override, name, 'virtav_worker')
+            for value in good:
+                conf.set_override(name, value, 'virtav_worker')
+                self.assertEqual(int(value), group[name])
+            for value in bad:
+                with self.subTest(name, value=value), \
+                        self.assertRaises(ValueError):
+                    conf.set_override(name, value, 'virtav_worker')

@@ -15,10 +15,10 @@ HELLO = wire.Hello(
     instance=uuid.UUID('00112233-4455-6677-8899-aabbccddeeff'),
     ram_size=0x20000000, policy=wire.Policy.ENFORCE,
     on_match=wire.OnMatch.PAUSE, on_timeout=wire.OnTimeout.DENY,
-    deadline_ms=1000)
+    deadline_ms=1000, flags=wire.SHARED)
 WELCOME = wire.Welcome(
     version=1, max_in_flight=64, digest=b'\xd1' * 32, key=KEY,
-    epoch=0x0102030405060708)
+    epoch=0x0102030405060708, table_entries=1 << 20, ring_slots=64)
 REQUEST = wire.Request(
     id=1, generation=2, offset=0x3000, gpa=wire.UNKNOWN_GPA,
     gva=0x7fff00001234, rip=0x7fff00001235, cr3=0x1000, vcpu=7, cpl=3,
@@ -37,12 +37,12 @@ GOLDEN = {
         '56415046 0100 0100 40000000 00000000'
         '0100 0300 00100000 00112233445566778899aabbccddeeff'
         '0000002000000000 01000000 02000000 01000000 e8030000'
-        + '00' * 16),
+        '01000000' + '00' * 12),
     wire.Welcome: (
-        '56415046 0100 0200 50000000 00000000'
-        '0100 0000 40000000' + 'd1' * 32
+        '56415046 0100 0200 60000000 00000000'
+        '0100 0300 40000000' + 'd1' * 32
         + '000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f'
-        '0807060504030201'),
+        '0807060504030201 00001000 40000000' + '00' * 8),
     wire.Request: (
         '56415046 0100 0300 90100000 00000000'
         '0100000000000000 0200000000000000 0030000000000000'
@@ -57,7 +57,7 @@ GOLDEN = {
         '56415046 0100 0500 80000000 00000000'
         '03000000 00000000 62757379' + '00' * 116),
 }
-SIZES = {wire.Hello: 64, wire.Welcome: 80, wire.Request: 4240,
+SIZES = {wire.Hello: 64, wire.Welcome: 96, wire.Request: 4240,
          wire.Verdict: 128, wire.Refused: 128}
 
 
@@ -160,10 +160,21 @@ class FrameTest(unittest.TestCase):
                 (HELLO, 32, b'\x02'),            # policy
                 (HELLO, 36, b'\x04'),            # on_match
                 (HELLO, 40, b'\x02'),            # on_timeout
-                (HELLO, 48, b'\x01'),            # reserved
+                (HELLO, 48, b'\x02'),            # flags
+                (HELLO, 52, b'\x01'),            # reserved
                 (HELLO, 63, b'\x01'),
                 (WELCOME, 0, b'\x02'),           # version
-                (WELCOME, 2, b'\x01'),           # reserved
+                (WELCOME, 2, b'\x07'),           # flags
+                (WELCOME, 2, b'\x02'),           # entries, but no table
+                (WELCOME, 2, b'\x01'),           # slots, but no ring
+                (WELCOME, 80, bytes(4)),         # a table, but no entries
+                (WELCOME, 80, b'\x02\0\0\0'),    # too few
+                (WELCOME, 80, b'\0\0\0\x08'),    # too many
+                (WELCOME, 80, b'\x01'),          # no power of two
+                (WELCOME, 84, bytes(4)),         # a ring, but no slots
+                (WELCOME, 84, b'\0\x08\0\0'),    # too many
+                (WELCOME, 84, b'\x41'),          # no power of two
+                (WELCOME, 88, b'\x01'),          # reserved
                 (WELCOME, 4, b'\x00\x00\x00\x00'),  # max_in_flight
                 (REQUEST, 16, b'\x01'),          # offset within a page
                 (REQUEST, 60, b'\x04'),          # cpl
@@ -180,6 +191,23 @@ class FrameTest(unittest.TestCase):
                 (REFUSED, 4, b'\x01'),           # reserved
                 (REFUSED, 9, b'\x1b')):          # reason not printable
             self._assert_bad(frame, offset, value)
+
+    def test_welcome_without_shared_memory(self):
+        for table, ring, flags in ((0, 0, 0), (4, 0, 1), (0, 1024, 2)):
+            welcome = WELCOME._replace(table_entries=table, ring_slots=ring)
+            data = welcome.pack()
+            self.assertEqual(flags, data[18])
+            self.assertEqual([welcome], decode(data))
+
+    def test_whole(self):
+        self.assertEqual(REQUEST, wire.whole(wire.Request, REQUEST.pack()))
+        self.assertEqual(VERDICT, wire.whole(wire.Verdict, VERDICT.pack()))
+        for data, message in (
+                (VERDICT.pack().ljust(wire.REQUEST_SIZE), 'type 4'),
+                (b'\0' + REQUEST.pack()[1:], 'magic'),
+                (REQUEST.pack()[:8] + b'\0' + REQUEST.pack()[9:], 'length')):
+            with self.assertRaisesRegex(wire.ProtocolError, message):
+                wire.whole(wire.Request, data)
 
     def test_longest_block_name(self):
         request = REQUEST._replace(block=b'\xff' * 64)
@@ -202,6 +230,12 @@ class FrameTest(unittest.TestCase):
         self.assertEqual(outer.digest()[:16], wire.page_tag(KEY, PAGE))
         self.assertEqual('08bd5e1d9577699b6f63ce0fa8371a8b',
                          wire.page_tag(KEY, memoryview(PAGE)).hex())
+
+    def test_tagger(self):
+        for key in (KEY, bytes(32)):
+            tagger = wire.Tagger(key)
+            for page in (PAGE, bytes(4096), memoryview(PAGE)):
+                self.assertEqual(wire.page_tag(key, page), tagger.tag(page))
 
 
 class DecoderTest(unittest.TestCase):

@@ -14,6 +14,7 @@ import time
 import uuid
 
 from tests.unit import base
+from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
 
 #: Longest wait for anything, in seconds; the machine may be busy.
@@ -63,31 +64,61 @@ class Monitor:
     """Plays QEMU's page-fetch monitor.
 
     :param connection: to the worker
+    :ivar table: file descriptor of the verdict table, or None
+    :ivar ring: :class:`ring.MonitorEnd`, or None
+    :ivar fds: of the ring's memory
     """
 
     def __init__(self, connection):
         connection.settimeout(PATIENCE)
         self.socket = connection
+        self.table = self.ring = None
+        self.fds = []
         self._decoder = wire.Decoder(
             [wire.Welcome, wire.Verdict, wire.Refused])
         self._ids = 0
 
     def close(self):
         self.socket.close()
+        self.ring = None
+        if self.table is not None:
+            self.fds.append(self.table)
+            self.table = None
+        while self.fds:
+            os.close(self.fds.pop())
 
     def frame(self):
-        """Wait for a frame; None at the end of the stream."""
+        """Wait for a frame; None at the end of the session."""
+        if self.ring:
+            return self._ring_frame()
         while True:
             frame = self._decoder.frame()
             if frame is not None:
                 return frame
+            room = self._decoder.room()
             try:
-                count = self.socket.recv_into(self._decoder.room())
+                data, fds, _, _ = socket.recv_fds(self.socket, len(room), 9)
             except ConnectionResetError:
                 return None
-            if not count:
+            self.fds += fds
+            if not data:
                 return None
-            self._decoder.filled(count)
+            room[:len(data)] = data
+            self._decoder.filled(len(data))
+
+    def _ring_frame(self):
+        ended = False
+        while True:
+            data = self.ring.verdicts.take()
+            if data is not None:
+                return wire.whole(wire.Verdict, data)
+            if ended:
+                return None
+            ended = True
+            with contextlib.suppress(ConnectionResetError):
+                doorbells = self.socket.recv(99)
+                assert not doorbells.strip(ring.DOORBELL), doorbells
+                ended = not doorbells
 
     def hello(self, **changes):
         """Say hello and wait for the answer."""
@@ -95,7 +126,37 @@ class Monitor:
         answer = self.frame()
         if isinstance(answer, wire.Welcome):
             self.key = answer.key
+            if answer.table_entries:
+                self.table = self.fds.pop(0)
+            if answer.ring_slots:
+                self.use(answer.ring_slots)
+            assert len(self.fds) == bool(answer.ring_slots)
         return answer
+
+    def use(self, slots):
+        """Send and receive by the ring from now on."""
+        self.ring = ring.MonitorEnd(self.fds[0], slots)
+
+    def publish(self, data):
+        """Send what is or is not a frame."""
+        if not self.ring:
+            self.socket.sendall(data)
+            return
+        self.ring.requests.put(data)
+        self.tell()
+
+    def begin(self, data):
+        """Send the begin of a frame that is not completed."""
+        if self.ring:
+            # It is not there before the index says so.
+            self.ring.requests._memory[4096:4096 + len(data)] = data
+        else:
+            self.socket.sendall(data)
+
+    def tell(self):
+        """Ring the worker's doorbell."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            self.socket.send(ring.DOORBELL, socket.MSG_DONTWAIT)
 
     def request(self, page, **changes):
         """Make a request for a page."""
@@ -109,7 +170,7 @@ class Monitor:
     def send(self, page, **changes):
         """Ask for a verdict."""
         request = self.request(page, **changes)
-        self.socket.sendall(request.pack())
+        self.publish(request.pack())
         return request
 
     def ask(self, page, **changes):
@@ -134,6 +195,9 @@ def hello(**changes):
 
 class TestCase(base.TestCase):
     """A test that starts workers of its own."""
+
+    #: Of the HELLO of its sessions.
+    flags = 0
 
     def setUp(self):
         super().setUp()
@@ -190,14 +254,17 @@ class TestCase(base.TestCase):
     def connect(self):
         """Connect to the worker."""
         connection = socket.socket(socket.AF_UNIX)
-        self.addCleanup(connection.close)
+        monitor = Monitor(connection)
+        self.addCleanup(monitor.close)
         connection.connect(self.path)
-        return Monitor(connection)
+        return monitor
 
     def session(self, **changes):
         """Connect to the worker and say hello."""
         monitor = self.connect()
+        changes.setdefault('flags', self.flags)
         self.assertIsInstance(monitor.hello(**changes), wire.Welcome)
+        self.assertEqual(bool(changes['flags']), monitor.ring is not None)
         return monitor
 
     def scan_processes(self):
@@ -258,13 +325,14 @@ def stopped(pid):
             os.kill(pid, signal.SIGCONT)
 
 
-def no_more_files(pid):
+def no_more_files(pid, but=0):
     """Let a process open no more files.
 
+    :param but: so many after all
     :returns: the limits before
     """
     # The limit is one on numbers, and there may be gaps.
     taken = {int(name) for name in os.listdir(f'/proc/{pid}/fd')}
-    free = min(set(range(len(taken) + 1)) - taken)
+    free = sorted(set(range(len(taken) + but + 1)) - taken)[but]
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     return resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, hard))

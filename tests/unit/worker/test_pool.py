@@ -37,8 +37,9 @@ class PoolTest(base.TestCase):
     def make(self, engine, processes=1, scan_timeout_ms=5000):
         options = types.SimpleNamespace(
             scan_timeout_ms=scan_timeout_ms, max_in_flight=8,
-            busy_poll_us=100, processes=processes)
-        self.pool = pool.Pool(options, engine, bytes(32), KEY, self.alerts,
+            busy_poll_us=100, processes=processes, max_sessions=256,
+            table_entries=1024, ring_slots=8)
+        self.pool = pool.Pool(options, engine, bytes(32), KEY, 1, self.alerts,
                               self.selector)
         self.addCleanup(self.pool.kill)
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 from tests.unit.worker import base
 from tests.unit.worker import engines
+from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
 from virtav_nova.worker import board
 from virtav_nova.worker import control
@@ -31,7 +32,7 @@ class ScannerTest(base.TestCase):
         scans = board.Board(fd)
         os.close(fd)
         return scan.Scanner(self.theirs, scans, engines.ObedientEngine(), KEY,
-                            8, busy_poll_us, set())
+                            8, busy_poll_us, set(), None)
 
     def _run(self):
         with self.theirs:
@@ -40,7 +41,7 @@ class ScannerTest(base.TestCase):
             except EOFError:
                 self.ended = True
             for session in self.scanner._sessions.values():
-                session.connection.close()
+                session.link.close()
 
     def start(self):
         self.thread.start()
@@ -48,17 +49,21 @@ class ScannerTest(base.TestCase):
         self.addCleanup(self.main.close)
         self.assertEqual({'type': 'ready'}, self.told())
 
-    def session(self):
+    def session(self, slots=0):
         ours, theirs = socket.socketpair()
+        monitor = base.Monitor(ours)
+        self.addCleanup(monitor.close)
+        monitor.key = KEY
+        if slots:
+            monitor.fds = [ring.create(slots)]
+            monitor.use(slots)
         theirs.setblocking(False)
         with theirs:
             socket.send_fds(
                 self.main,
-                [control.pack('session', session=next(self.numbers))],
-                [theirs.fileno()])
-        self.addCleanup(ours.close)
-        monitor = base.Monitor(ours)
-        monitor.key = KEY
+                [control.pack('session', session=next(self.numbers),
+                              slots=slots)],
+                [theirs.fileno(), *monitor.fds])
         return monitor
 
     def told(self):
@@ -173,3 +178,50 @@ class ScannerTest(base.TestCase):
             scanner._sessions = {1: None}
             self.assertEqual(['event'], scanner._events())
         self.assertEqual([mock.call(0)] * 3, poll.call_args_list)
+
+    def test_looks_into_the_ring_that_was_busy(self):
+        with mock.patch.object(scan.select, 'epoll') as epoll:
+            poll = epoll.return_value.poll
+            scanner = self.make(10_000_000)
+            session = scan.Session(1, mock.Mock())
+            scanner._sessions = {1: session}
+            scanner._recent = session
+            # Whatever is in it, others have their chance.
+            poll.side_effect = [['event']]
+            self.assertEqual(['event'], scanner._events())
+            session.link.waiting.side_effect = [False, False, True]
+            poll.side_effect = [[], [], []]
+            self.assertEqual([], scanner._events())
+        self.assertEqual([mock.call(0)] * 4, poll.call_args_list)
+        self.assertEqual([session], list(scanner._queue))
+
+    def test_ring_that_is_filled_after_the_end(self):
+        self.start()
+        monitor = self.session(slots=8)
+        page = b'sleep 0.02'.ljust(4096, b'\0')
+        for _ in range(6):
+            monitor.send(page)
+        monitor.socket.shutdown(socket.SHUT_WR)
+        answers = 0
+        # There are always some more to come, but they come too late.
+        while monitor.frame() is not None:
+            answers += 1
+            self.assertLess(answers, 100)
+            monitor.send(page)
+        self.assertGreaterEqual(answers, 6)
+        self.assertEqual('peer closed the connection',
+                         self.told()['reason'])
+
+    def test_ring_and_socket_take_turns(self):
+        monitors = [self.session(slots=8), self.session(), self.session(8)]
+        page = b'sleep 0.05'.ljust(4096, b'\0')
+        for monitor in monitors:
+            for _ in range(6):
+                monitor.send(page)
+        self.start()
+        for monitor in monitors:
+            monitor.frame()
+        # By the third answer of one, all have had one.
+        heads = [monitor.ring.verdicts._head[0]
+                 for monitor in (monitors[0], monitors[2])]
+        self.assertLessEqual(max(heads), 3)

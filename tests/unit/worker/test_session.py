@@ -119,6 +119,13 @@ class HandshakeTest(base.TestCase):
 
 class VerdictTest(base.TestCase):
 
+    def deliver(self, monitor, requests, rng):
+        stream = b''.join(request.pack() for request in requests)
+        while stream:
+            count = rng.randrange(1, 9000)
+            monitor.socket.sendall(stream[:count])
+            stream = stream[count:]
+
     def test_clean_and_match(self):
         self.start()
         monitor = self.session(instance=INSTANCE, policy=wire.Policy.REPORT,
@@ -173,16 +180,8 @@ class VerdictTest(base.TestCase):
         pages = [rng.choice((base.CLEAN, base.MATCHING, rng.randbytes(4096)))
                  for _ in range(64)]
         requests = [monitor.request(page) for page in pages]
-        stream = b''.join(request.pack() for request in requests)
-
-        def send():
-            rest = stream
-            while rest:
-                count = rng.randrange(1, 9000)
-                monitor.socket.sendall(rest[:count])
-                rest = rest[count:]
-
-        sender = threading.Thread(target=send)
+        sender = threading.Thread(
+            target=self.deliver, args=(monitor, requests, rng))
         sender.start()
         for request in requests:
             verdict = monitor.frame()
@@ -239,6 +238,19 @@ class VerdictTest(base.TestCase):
         self.assertTrue(all(
             line.isprintable() and line[:2] == '20'
             for line in self.log().splitlines()), self.log())
+
+
+class RingVerdictTest(VerdictTest):
+
+    flags = wire.SHARED
+
+    def deliver(self, monitor, requests, rng):
+        for request in requests:
+            monitor.ring.requests.put(request.pack())
+            # However many of these come.
+            for _ in range(rng.randrange(3)):
+                monitor.tell()
+        monitor.tell()
 
 
 class HostileTest(base.TestCase):

@@ -22,7 +22,7 @@ class DrainTest(base.TestCase):
         with base.stopped(pid):
             for page in (base.CLEAN, base.MATCHING, base.CLEAN):
                 busy.send(page)
-            busy.socket.sendall(busy.request(base.CLEAN).pack()[:100])
+            busy.begin(busy.request(base.CLEAN).pack()[:100])
             self.process.send_signal(number)
             base.wait_for(lambda: 'Stopping' in self.log(), 'the signal')
         self.assertEqual(
@@ -37,7 +37,7 @@ class DrainTest(base.TestCase):
         self.assertEqual([0, 3], sorted(
             record['fetches'] for record in closed))
         self.records(1, type='match')
-        self.assertNotIn('Traceback', self.log())
+        self.assertNotRegex(self.log(), 'Traceback|died')
 
     def test_sigterm(self):
         self._drained(signal.SIGTERM)
@@ -108,6 +108,11 @@ class DrainTest(base.TestCase):
             base.wait_for(lambda: 'Stopping' in self.log(), 'first signal')
             self.assertEqual(1, self.stop())
         base.wait_for(lambda: not base.alive(pid), 'end of scan process')
+
+
+class RingDrainTest(DrainTest):
+
+    flags = wire.SHARED
 
 
 class LossTest(base.TestCase):
@@ -224,6 +229,11 @@ class LossTest(base.TestCase):
         self.assertTrue(os.path.exists(self.path))
         self.start()
         self.assert_serves(self.session())
+
+
+class RingLossTest(LossTest):
+
+    flags = wire.SHARED
 
 
 class StartTest(base.TestCase):
