@@ -9,8 +9,9 @@ class AccelTest(base.TestCase):
     def check(self, accel, smp, *extra):
         """All cases do as they should, and code that changes itself."""
         worker = self.worker()
-        machine = self.booted(worker, {'on-match': 'block'}, accel=accel,
-                              smp=smp, extra=extra)
+        machine = self.booted(
+            worker, {'on-match': 'block', 'hot-page-limit': 0}, accel=accel,
+            smp=smp, extra=extra)
         self.assertEqual(smp, len(machine.qmp.execute('query-cpus-fast')))
         before = machine.query()['fetches']
         # Each of 2000 rewrites has to be seen.

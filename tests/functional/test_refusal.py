@@ -1,39 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the monitor cannot watch is refused, with the reason."""
+"""What the monitor cannot do is refused, with the reason.
 
-import socket
+For others who write to guest memory see ``test_outside_writer.py``.
+"""
 
+from tests.functional import bare
 from tests.functional import base
 from virtav_nova.monitor import qmp
 from virtavtools import errors
 
-_SHARED = ('-object', 'memory-backend-memfd,id=shared,share=on,size=%s')
 _UUID = '1cd2a0d6-4e0f-4a6c-8a5f-5c2f44e0a5d1'
-_NO_MIGRATION = 'page-fetch-monitor does not support migration and snapshots'
 
 
-class _TestCase(base.TestCase):
+class TestCase(base.TestCase):
+
+    Machine = bare.Machine
 
     def monitor(self, **changes):
         """Properties of a monitor whose worker is not there."""
         return {'socket': self.home / 'none', **changes}
 
-    def vhost_user(self):
-        """Arguments for a vhost-user device with somebody to talk to."""
-        listener = self.enterContext(socket.socket(socket.AF_UNIX))
-        listener.bind(str(self.home / 'vhost'))
-        listener.listen(16)
-        return ('-chardev', 'socket,id=peer,path=%s' % (self.home / 'vhost'),
-                '-device', 'vhost-user-blk-pci,chardev=peer')
 
-    def ivshmem(self, share):
-        """Arguments for an ivshmem device."""
-        return ('-object',
-                'memory-backend-memfd,id=shared,share=%s,size=1M' % share,
-                '-device', 'ivshmem-plain,memdev=shared')
-
-
-class StartTest(_TestCase):
+class StartTest(TestCase):
     """The emulator does not start."""
 
     def check(self, message, *extra, accel='tcg', **monitor):
@@ -82,42 +70,17 @@ class StartTest(_TestCase):
         self.check('does not work with record and replay', '-icount',
                    'shift=7,rr=record,rrfile=%s' % (self.home / 'rr'))
 
-    def test_only_migratable(self):
-        self.check(_NO_MIGRATION, '-only-migratable')
 
-    def test_shared_memory(self):
-        self.check('shared.*lets guest memory be written unseen\n'
-                   'Use share=off, or policy=report',
-                   _SHARED[0], _SHARED[1] % '512M',
-                   '-machine', 'memory-backend=shared')
-
-    def test_ivshmem(self):
-        self.check('an ivshmem device lets guest memory be written unseen\n'
-                   'Use no ivshmem device, or policy=report',
-                   *self.ivshmem('off'))
-
-    def test_vhost_user(self):
-        self.check('a vhost device lets guest memory be written unseen',
-                   *self.vhost_user())
-
-
-class RunTimeTest(_TestCase):
+class RunTimeTest(TestCase):
     """QEMU goes on without it."""
-
-    def setUp(self):
-        super().setUp()
-        self.vm = self.booted(self.worker(), extra=(
-            '-device', 'pcie-root-port,id=rp0'))
 
     def refused(self, message, command, **arguments):
         with self.assertRaisesRegex(qmp.QMPError, message):
             self.vm.qmp.execute(command, **arguments)
 
-    def monitor_command(self, line):
-        return self.vm.qmp.execute('human-monitor-command',
-                                   **{'command-line': line})
-
     def test_refusals(self):
+        self.vm = self.machine(self.fake_worker())
+        self.vm.wait_start()
         self.refused('is in use, can not be deleted', 'object-del',
                      id='virtav0')
         self.refused('There can be only one', 'object-add', id='two',
@@ -126,28 +89,18 @@ class RunTimeTest(_TestCase):
         for name, value in (('policy', 'report'), ('deadline-ms', 0),
                             ('socket', '/x'), ('instance', _UUID),
                             ('on-match', 'alert'), ('require', True),
-                            ('on-timeout', 'allow')):
+                            ('on-timeout', 'allow'), ('hot-page-limit', 0),
+                            ('hot-page-ms', 1)):
             self.refused('properties are fixed', 'qom-set', property=name,
                          path='/objects/virtav0', value=value)
-        self.refused('unseen', 'object-add', id='late', size=1 << 20,
-                     share=True, **{'qom-type': 'memory-backend-memfd'})
-        self.vm.qmp.execute('object-add', id='private', size=1 << 20, **{
-            'qom-type': 'memory-backend-ram'})
-        self.refused('an ivshmem device lets guest memory be written',
-                     'device_add', driver='ivshmem-plain', bus='rp0',
-                     memdev='private')
-        self.refused(_NO_MIGRATION, 'migrate',
-                     uri='file:%s' % (self.home / 'state'))
-        self.assertIn(_NO_MIGRATION, self.monitor_command('savevm a'))
-        self.assertIn('page-fetch-monitor', self.monitor_command('loadvm a'))
         self.assertEqual('running', self.vm.status())
         state = self.vm.query()
         self.assertEqual(('enforce', 1000, False), (
             state['policy'], state['deadline-ms'], state['degraded']))
-        self.assert_ran(self.vm, 'clean')
+        self.vm.call('spin', 1)
 
 
-class LateTest(_TestCase):
+class LateTest(TestCase):
 
     def test_monitor_at_run_time(self):
         machine = self.machine()
@@ -156,34 +109,3 @@ class LateTest(_TestCase):
             machine.qmp.execute(
                 'object-add', id='virtav0', instance=_UUID, socket='/x',
                 **{'qom-type': 'page-fetch-monitor'})
-
-
-class ReportTest(_TestCase):
-    """policy=report: taken, and told."""
-
-    def check(self, what, *extra):
-        machine = self.machine(monitor=self.monitor(policy='report'),
-                               extra=extra)
-        self.assertRegex(machine.query()['outside-writer'], what)
-        # What enforce would have refused at the start:
-        with self.assertRaisesRegex(qmp.QMPError, 'unseen'):
-            machine.set(policy='enforce')
-        self.assertEqual('report', machine.query()['policy'])
-
-    def test_shared_memory(self):
-        self.check('shared', _SHARED[0], _SHARED[1] % '512M',
-                   '-machine', 'memory-backend=shared')
-
-    def test_ivshmem(self):
-        self.check('ivshmem', *self.ivshmem('off'))
-
-    def test_at_run_time(self):
-        machine = self.booted(self.worker(), {'policy': 'report'})
-        self.assertNotIn('outside-writer', machine.query())
-        machine.qmp.execute(
-            'object-add', id='late', size=1 << 20, share=True,
-            **{'qom-type': 'memory-backend-memfd'})
-        data = self.event(machine, 'PAGE_FETCH_DEGRADED')
-        self.assertEqual('outside-writer', data['reason'])
-        self.assertRegex(data['detail'], 'late.*unseen')
-        self.assertRegex(machine.query()['outside-writer'], 'late')

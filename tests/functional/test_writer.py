@@ -172,7 +172,8 @@ class SelfModifyingTest(base.TestCase):
         # policy=report: the guest writes on while the verdict is awaited.
         worker = self.fake_worker(
             lambda session: fake.honest(session, self.signature, 0.0002))
-        machine = self.booted(worker, {'policy': 'report'}, smp=2)
+        machine = self.booted(
+            worker, {'policy': 'report', 'hot-page-limit': 0}, smp=2)
         before = machine.query()
         self.assert_ran(machine, 'smc', 'own')
         after = machine.query()

@@ -298,7 +298,7 @@ static int run(const struct test *test)
 	if (waitpid(child, &status, 0) != child)
 		give_up("waitpid");
 	if (test->timed)
-		snprintf(seconds, sizeof(seconds), " seconds=%.3f",
+		snprintf(seconds, sizeof(seconds), " seconds=%.6f",
 			 now() - start);
 
 	executed = *mark;
