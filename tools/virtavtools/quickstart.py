@@ -121,7 +121,7 @@ class Run:
 
     :ivar boot_s: from the emulator's start until the guest was ready, in s
     :ivar fetches: first fetches that the monitor counted
-    :ivar distinct: pages that differ, as the worker counted them
+    :ivar distinct: pages that differ, of those that the worker was asked for
     :ivar matches: :class:`Match` of each case
     :ivar clean: whether the clean program ran, each time that it was tried
     :ivar failure: what ended the run early, or None
@@ -216,8 +216,9 @@ class _Guest:
         self.show.result(True, 'watched', '%.2f s   %s' % (
             self.run.boot_s, version(self.machine)), [
             ('policy', 'enforce, on-match=block'),
-            ('fetches', '%s pages, each held until its verdict'
-             % format(state['fetches'], ',')),
+            ('fetches', '%s pages, each held: %s until the verdict came,'
+             % (format(state['fetches'], ','), format(state['waits'], ','))),
+            ('', 'the others were known to be clean'),
             ('', 'a hold took %.0f µs on average, %.1f ms at most' % (
                 state['wait-ns'] / max(state['waits'], 1) / 1e3,
                 state['max-wait-ns'] / 1e6)),

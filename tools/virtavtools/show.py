@@ -116,7 +116,7 @@ class Show:
         self.rows([
             ('boot', '%(boot_s).2f s watched, %(stock_boot_s).2f s stock'
              % summary),
-            ('fetches', '%s, of %s distinct pages' % (
+            ('fetches', '%s; the worker scanned %s distinct pages' % (
                 _count(summary['fetches']), _count(summary['distinct'])))])
         self.heading('Next')
         self.rows([

@@ -145,10 +145,9 @@ class TestShow(base.TestCase):
         self.assertIn('✓ stopped     4 of 4; the clean program ran\n', text)
 
     def test_numbers(self):
-        self.assertIn('fetches   3,600, of 3,500 distinct pages\n',
-                      self._shown(_run()))
-        self.assertIn('fetches   3,600, of ? distinct pages\n',
-                      self._shown(_run(distinct=None)))
+        text = 'fetches   3,600; the worker scanned %s distinct pages\n'
+        self.assertIn(text % '3,500', self._shown(_run()))
+        self.assertIn(text % '?', self._shown(_run(distinct=None)))
 
     def test_failure(self):
         text = self._shown(quickstart.Run(
