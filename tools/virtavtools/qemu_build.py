@@ -10,6 +10,7 @@ import subprocess
 from virtavtools import cache
 from virtavtools import errors
 from virtavtools import packages
+from virtavtools import qemu_deb
 from virtavtools import qemu_series
 from virtavtools import qemu_source
 from virtavtools import ui
@@ -43,15 +44,16 @@ _FLAGS = (
         'system', 'tools', 'tcg', 'kvm', 'fdt=system', 'slirp', 'vnc',
         'seccomp', 'numa', 'cap-ng', 'linux-aio', 'linux-io-uring',
         'gnutls', 'zstd', 'pixman', 'vhost-user', 'vhost-net',
-        'vhost-kernel', 'attr', 'replication', 'tpm', 'membarrier',
+        'vhost-kernel', 'attr', 'replication', 'tpm', 'plugins', 'membarrier',
         'malloc-trim')))
 #: Debian's tarball lacks the firmware that this would unpack; upstream
 #: unpacks it even where it is not to be installed.
 _EDK2 = ('unpack_edk2_blobs = bzip2.found()',
          "unpack_edk2_blobs = get_option('install_blobs') and bzip2.found()")
 _PROGRAMS = ('qemu-system-x86_64', 'qemu-img')
-#: The series' own test, which the functional tests run.
-_TEST = 'tests/qtest/page-fetch-test'
+#: The series' own tests, which the functional tests run.
+_TESTS = ('tests/qtest/page-fetch-test', 'tests/fuzz/page-fetch-blob-fuzz',
+          'tests/fuzz/page-fetch-peer-fuzz')
 _OBJECT = 'page-fetch-monitor'
 
 
@@ -129,7 +131,7 @@ def _compile(top, name, source, series, jobs, log):
                       # It is on where there is a .git; a newer compiler
                       # that warns of more shall not stop the build.
                       '--disable-werror', *_FLAGS], log, cwd=build)
-    programs = [*_PROGRAMS, _TEST] if series else _PROGRAMS
+    programs = [*_PROGRAMS, *_TESTS] if series else _PROGRAMS
     with ui.step('build QEMU %s (%s)' % (source.version, name)) as step:
         ui.run(step, ['ninja', '-j%d' % jobs, *programs], log, cwd=build)
     # Not "ninja install": that builds a thousand files more. These find the
@@ -138,6 +140,8 @@ def _compile(top, name, source, series, jobs, log):
     (prefix / 'bin').mkdir(parents=True)
     for program in programs:
         shutil.copy2(build / program, prefix / 'bin')
+    for corpus in (tree / 'tests/fuzz/corpus').glob('*.txt'):
+        shutil.copy2(corpus, prefix / 'bin')
     return prefix
 
 
@@ -185,12 +189,23 @@ def main(argv=None):
         prog='tools/build-qemu',
         description='Build QEMU 10.0 with the page-fetch monitor, or find '
         'what was built before. The last line of the output is the path of '
-        'the emulator.',
+        'the emulator; with --deb, each line is the path of a package.',
         epilog='All is kept in %s.' % cache.root())
     qemu_source.add_arguments(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         '--stock', action='store_true',
         help='build QEMU as it is, the same way, to measure against')
+    what.add_argument(
+        '--deb', action='store_true',
+        help='make Debian packages: the source package of Debian 13 with the '
+        'series added, of which what x86 guests need is built in a chroot '
+        'of that release and tried there; needs root, 4 GB of disk for the '
+        'time, and about 20 minutes on two cores')
+    parser.add_argument(
+        '--deb-suffix', metavar='TEXT', default=qemu_deb.SUFFIX,
+        help='with --deb, what the version of the packages gets behind '
+        'Debian\'s (default: %(default)s)')
     parser.add_argument(
         '--series', metavar='DIR', default=qemu_series.DIRECTORY,
         help='take the patches of this directory (default: %(default)s)')
@@ -206,4 +221,12 @@ def main(argv=None):
                 '%s/series lists no patches' % series.directory,
                 'restore it from git; or build QEMU without: '
                 'tools/build-qemu --stock')
-    print(ensure(qemu_source.resolve(args), series, args.jobs))
+    if not args.deb:
+        print(ensure(qemu_source.resolve(args), series, args.jobs))
+        return
+    if args.source or args.upstream or args.sha256:
+        parser.error('--deb takes the source package of Debian: it goes '
+                     'without --source, --upstream and --sha256')
+    for path in qemu_deb.ensure(qemu_source.debian_package(args.refresh),
+                                series, args.deb_suffix, args.jobs):
+        print(path)

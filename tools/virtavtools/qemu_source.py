@@ -24,7 +24,10 @@ from virtavtools import ui
 #: The releases that the series is for; 10.0.50 and later lead to 10.1.
 _WANTED = re.compile(r'10\.0\.[0-4]?[0-9]')
 _DEBIAN = 'http://deb.debian.org/debian'
-_SUITE = 'trixie'
+#: Debian 13, which has QEMU 10.0.
+SUITE = 'trixie'
+#: What the cache knows the source of Debian by.
+_DEBIAN_NAME = 'debian-' + SUITE
 _KEYRINGS = ('/usr/share/keyrings/debian-archive-keyring.gpg',
              '/usr/share/keyrings/debian-archive-keyring.pgp')
 _UPSTREAM = 'https://download.qemu.org/qemu-%s.tar.xz'
@@ -120,18 +123,24 @@ def _checked(path, wanted):
     return found
 
 
-def _remember(name, version, sha256, tarball):
-    """Keep a tarball in the cache, and under a name which one it is."""
+def _remember(name, version, sha256, tarball, *others):
+    """Keep files in the cache, and under a name which they are.
+
+    :param tarball: path of the source
+    :param others: paths of files that go with it
+    """
     top = cache.root() / 'source'
     top.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=top) as fresh:
         fresh = pathlib.Path(fresh)
-        # A copy belongs to this user, not to apt's.
-        shutil.copy(tarball, fresh)
-        record = {'version': version, 'sha256': sha256, 'file': tarball.name}
+        record = {'version': version, 'sha256': sha256, 'file': tarball.name,
+                  'others': [path.name for path in others]}
         (fresh / 'record').write_text(json.dumps(record))
         # The record last: what it names is there.
-        (fresh / tarball.name).replace(top / tarball.name)
+        for path in (tarball, *others):
+            # A copy belongs to this user, not to apt's.
+            shutil.copy(path, fresh)
+            (fresh / path.name).replace(top / path.name)
         (fresh / 'record').replace(top / (name + '.json'))
     return _recall(name)
 
@@ -210,8 +219,13 @@ def upstream(version, sha256):
         return _remember(name, version, found, tarball)
 
 
-def _debian_sources():
-    """The lines for sources.list that name Debian 13's source packages."""
+def debian_sources(kind='deb-src'):
+    """The lines for sources.list that name Debian 13.
+
+    :param kind: ``deb-src``, or ``deb`` for what is built
+    :returns: the mirror's address, and the lines as one string
+    :raises errors.ToolError: apt is set up with no mirror
+    """
     if packages.os_release()['ID'] == 'debian':
         main = packages.mirror()
         if not main:
@@ -219,12 +233,12 @@ def _debian_sources():
         security = packages.mirror(security=True)
     else:
         main, security = _DEBIAN, _DEBIAN + '-security'
-    archives = [(main, _SUITE), (main, _SUITE + '-updates')]
+    archives = [(main, SUITE), (main, SUITE + '-updates')]
     if security:
-        archives.append((security, _SUITE + '-security'))
+        archives.append((security, SUITE + '-security'))
     keyring = next(filter(os.path.exists, _KEYRINGS), _KEYRINGS[0])
-    return main, ''.join('deb-src [signed-by=%s] %s %s main\n'
-                         % (keyring, *archive) for archive in archives)
+    return main, ''.join('%s [signed-by=%s] %s %s main\n'
+                         % (kind, keyring, *archive) for archive in archives)
 
 
 def _debian_fetch(step, top):
@@ -234,7 +248,7 @@ def _debian_fetch(step, top):
     :param top: empty directory for all that apt writes
     :returns: path of the .dsc
     """
-    main, lines = _debian_sources()
+    main, lines = debian_sources()
     (top / 'sources.list').write_text(lines)
     (top / 'apt.conf').write_text(_APT_CONF.substitute(top=top))
     for name in ('state/lists/partial', 'cache/archives/partial', 'package'):
@@ -254,7 +268,7 @@ def _debian_fetch(step, top):
         if 'does not have a Release file' in error.output:
             raise errors.ToolError(
                 'the mirror %s does not carry Debian 13 (%s)'
-                % (main, _SUITE),
+                % (main, SUITE),
                 'get a source tarball of QEMU 10.0.x elsewhere and give it '
                 'with --source')
         if 'NO_PUBKEY' in error.output:
@@ -275,8 +289,7 @@ def debian(refresh=False):
     :returns: :class:`Source`
     :raises errors.ToolError: no network, no sources, wrong checksum
     """
-    name = 'debian-' + _SUITE
-    found = None if refresh else _recall(name)
+    found = None if refresh else _recall(_DEBIAN_NAME)
     if found:
         return found
     packages.install('debian-archive-keyring', why='to check what Debian '
@@ -287,16 +300,41 @@ def debian(refresh=False):
         # apt has checked the .dsc against the signed index; it names the
         # tarball's checksum.
         dsc = _debian_fetch(step, pathlib.Path(top))
-        listed = re.search(r'^ ([0-9a-f]{64}) \d+ (qemu_\S+\.orig\.tar\.\w+)$',
-                           dsc.read_text(), re.M)
-        if not listed:
+        listed = {dsc.with_name(name): sha256 for sha256, name in re.findall(
+            r'^ ([0-9a-f]{64}) \d+ (qemu_\S+)$', dsc.read_text(), re.M)}
+        tarball = next((path for path in listed if '.orig.tar.' in path.name),
+                       None)
+        if not tarball:
             raise errors.ToolError('%s lists no original tarball' % dsc.name,
                                    'give a tarball with --source')
-        tarball = dsc.with_name(listed[2])
-        sha256 = _checked(tarball, listed[1])
-        step.note('%s, SHA-256 %s' % (tarball.name, sha256))
+        for path, sha256 in listed.items():
+            _checked(path, sha256)
+        step.note('%s, SHA-256 %s' % (tarball.name, listed[tarball]))
         version = re.match(r'qemu_([\d.]+)', tarball.name)[1].rstrip('.')
-        return _remember(name, version, sha256, tarball)
+        others = [path for path in listed if path != tarball]
+        return _remember(_DEBIAN_NAME, version, listed[tarball], tarball, dsc,
+                         *others)
+
+
+def debian_package(refresh=False):
+    """The files of Debian 13's source package.
+
+    :param refresh: ask whether there is a newer one
+    :returns: their paths: the .dsc, then what it lists
+    :raises errors.ToolError: see :func:`debian`
+    """
+    tarball = debian(refresh).tarball
+
+    def files():
+        record = tarball.with_name(_DEBIAN_NAME + '.json')
+        names = json.loads(record.read_text()).get('others', ())
+        return [tarball.with_name(name) for name in names]
+
+    # Earlier versions of this kept the tarball alone.
+    if not files() or not all(path.exists() for path in files()):
+        tarball = debian(refresh=True).tarball
+    dsc, *others = files()
+    return [dsc, tarball, *others]
 
 
 def add_arguments(parser):

@@ -27,7 +27,10 @@ class TestArguments(base.TestCase):
         for words, message in (
                 (['--jobs', '0'], "must be 1 or more, not '0'"),
                 (['--nonsense'], 'unrecognized arguments'),
-                (['--source', 'a', '--upstream', '10.0.1'], 'not allowed')):
+                (['--source', 'a', '--upstream', '10.0.1'], 'not allowed'),
+                (['--deb', '--stock'], 'not allowed'),
+                (['--deb', '--source', 'a'], 'goes without --source'),
+                (['--deb', '--upstream', '10.0.1'], 'goes without')):
             with self.subTest(words=words):
                 status, said = self._run(*words)
                 self.assertEqual(2, status)
@@ -130,7 +133,8 @@ class TestEnsure(base.TestCase):
         self.assertEqual('1\ntwo\nthree\n', self.hello)
         self.assertIn("get_option('install_blobs') and bzip2.found()",
                       self.meson)
-        self.assertEqual({'qemu-system-x86_64', 'qemu-img', 'page-fetch-test'},
+        self.assertEqual({'qemu-system-x86_64', 'qemu-img', 'page-fetch-test',
+                          'page-fetch-blob-fuzz', 'page-fetch-peer-fuzz'},
                          set(self.contents(emulator.parent)))
         self.assertEqual([emulator.parents[1].name], self._entries())
         self.hello = None

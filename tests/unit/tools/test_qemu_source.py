@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import hashlib
+import json
 import types
 from unittest import mock
 from urllib import error as urllib_error
@@ -127,15 +128,19 @@ class TestDebian(base.TestCase):
         self.fetch = self._patch(mock.patch.object(
             qemu_source, '_debian_fetch', self._fetch))
         self.fetched = 0
+        self.debian = 'packaging'
 
     def _fetch(self, _step, top):
         self.fetched += 1
         name = 'qemu_10.0.7+ds.orig.tar.gz'
         (top / name).write_bytes(self.tar.read_bytes())
+        debian = 'qemu_10.0.7+ds-1.debian.tar.xz'
+        (top / debian).write_text(self.debian)
         dsc = top / 'qemu_10.0.7+ds-1.dsc'
         dsc.write_text(
-            'Checksums-Sha1:\n %s 1 %s\nChecksums-Sha256:\n %s 1 %s\n'
-            % ('1' * 40, name, self.sha256, name))
+            'Checksums-Sha1:\n %s 1 %s\nChecksums-Sha256:\n %s 1 %s\n %s 1 '
+            '%s\n' % ('1' * 40, name, self.sha256, name,
+                      hashlib.sha256(b'packaging').hexdigest(), debian))
         return dsc
 
     def test_fetched_once(self):
@@ -156,6 +161,36 @@ class TestDebian(base.TestCase):
         with self.assertRaisesRegex(errors.ToolError, 'has the SHA-256'):
             qemu_source.debian()
 
+    def test_package(self):
+        names = ['qemu_10.0.7+ds-1.dsc', 'qemu_10.0.7+ds.orig.tar.gz',
+                 'qemu_10.0.7+ds-1.debian.tar.xz']
+        files = qemu_source.debian_package()
+        self.assertEqual(names, [path.name for path in files])
+        self.assertEqual('packaging', files[2].read_text())
+        self.assertEqual(files, qemu_source.debian_package())
+        self.assertEqual(1, self.fetched)
+        files[0].unlink()
+        self.assertEqual(files, qemu_source.debian_package())
+        self.assertTrue(files[0].exists())
+        self.assertEqual(2, self.fetched)
+        qemu_source.debian_package(refresh=True)
+        self.assertEqual(3, self.fetched)
+
+    def test_package_where_the_tarball_alone_was_kept(self):
+        qemu_source.debian()
+        path = cache.root() / 'source' / 'debian-trixie.json'
+        record = json.loads(path.read_text())
+        del record['others']
+        path.write_text(json.dumps(record))
+        self.assertEqual(3, len(qemu_source.debian_package()))
+        self.assertEqual(2, self.fetched)
+
+    def test_wrong_packaging(self):
+        self.debian = 'other packaging'
+        with self.assertRaisesRegex(errors.ToolError,
+                                    'debian.tar.xz has the SHA-256'):
+            qemu_source.debian()
+
     def test_no_user_apt(self):
         top = self.top / 'apt'
         top.mkdir()
@@ -164,7 +199,7 @@ class TestDebian(base.TestCase):
             if cwd:
                 (cwd / 'qemu_10.0.7+ds-1.dsc').write_text('it')
 
-        with (mock.patch.object(qemu_source, '_debian_sources',
+        with (mock.patch.object(qemu_source, 'debian_sources',
                                 return_value=('http://a', '')),
               mock.patch.object(packages, 'apt', apt),
               mock.patch('os.geteuid', return_value=0),
@@ -183,7 +218,7 @@ class TestDebianSources(base.TestCase):
                                 mirrors[security])):
             mirrors = {False: main, True: security}
             return [line.split()[2:] for line in
-                    qemu_source._debian_sources()[1].splitlines()]
+                    qemu_source.debian_sources()[1].splitlines()]
 
     def test_own_mirror(self):
         self.assertEqual([['http://a/debian', 'trixie', 'main'],
@@ -191,6 +226,12 @@ class TestDebianSources(base.TestCase):
                           ['http://a/sec', 'trixie-security', 'main']],
                          self._lines('debian', 'http://a/debian',
                                      'http://a/sec'))
+
+    def test_packages(self):
+        with (mock.patch.object(packages, 'os_release', return_value={
+                'ID': 'ubuntu', 'VERSION_CODENAME': 'x'})):
+            lines = qemu_source.debian_sources('deb')[1].splitlines()
+        self.assertEqual({'deb'}, {line.split()[0] for line in lines})
 
     def test_no_security_mirror(self):
         self.assertEqual(2, len(self._lines('debian', 'http://a', None)))
