@@ -8,7 +8,6 @@ import threading
 import time
 
 from tests.functional import base
-from tests.functional import fake
 from virtav_nova.monitor import qmp
 
 HOPS = 200 if base.NIGHTLY else 50
@@ -588,7 +587,7 @@ class AbortTest(TestCase):
         self.assert_goes_on(self.source)
 
 
-class FileTest(TestCase):
+class SavedFileTest(TestCase):
     """Saved to a file, and restored from it."""
 
     def check(self, **arguments):

@@ -2,10 +2,12 @@
 """What the project costs, measured.
 
 A bench is a function that takes the parsed arguments and gives back a list
-of :class:`Result`. :data:`BENCHES` names it; its docstring is its help.
+of :class:`figures.Result`. :data:`BENCHES` names it; its docstring is its
+help.
 """
 
 import argparse
+import contextlib
 import inspect
 import itertools
 import json
@@ -19,30 +21,17 @@ import time
 import typing
 import uuid
 
+from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
+from virtavtools import bench_monitor
 from virtavtools import errors
+from virtavtools import figures
 from virtavtools import lab
 from virtavtools import parts
 from virtavtools import ui
 from virtavtools import venv
 
-
-class Result(typing.NamedTuple):
-    """One figure.
-
-    :param limit: the largest value that is good enough; None for any
-    """
-
-    name: str
-    value: float
-    unit: str
-    limit: float | None = None
-
-    @property
-    def short(self):
-        """Whether it misses its limit."""
-        return self.limit is not None and self.value > self.limit
-
+Result = figures.Result
 
 #: What a guest is booted with; policies of the monitor, but for the first
 #: two: the emulator without the series, and the patched one without monitor.
@@ -62,7 +51,7 @@ class Sample(typing.NamedTuple):
     :param system: CPU time of the emulator in the kernel, in s
     :param fetches: pages that the monitor asked about; 0 without monitor
     :param wait: mean hold of a fetch in µs; 0 where none is held
-    :param distinct: pages that differ, as the worker counted them
+    :param distinct: pages that differ, of those that the worker was asked for
     """
 
     wall: float
@@ -174,6 +163,9 @@ def boot(args):
 
 _REQUESTS = 5000
 _WARMUP = 500
+#: How long QEMU looks for a verdict before it sleeps, in seconds.
+_LOOK = 0.0002
+_PATIENCE = 10  # longest wait for the worker, in seconds
 
 
 def _pages(count):
@@ -187,53 +179,112 @@ def _pages(count):
                + code[start + 8:start + wire.PAGE_SIZE])
 
 
-def _receive(connection, decoder):
-    while (frame := decoder.frame()) is None:
-        count = connection.recv_into(decoder.room())
-        if not count:
-            raise errors.ToolError('the worker closed the connection')
-        decoder.filled(count)
-    return frame
+class _Client:
+    """QEMU's end of a session, as fast as Python can be one.
+
+    :param path: of the worker's socket
+    :param flags: of the HELLO
+    """
+
+    def __init__(self, path, flags):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._decoder = wire.Decoder([wire.Welcome, wire.Verdict])
+        self._ring = None
+        self._fds = []
+        self._socket.settimeout(_PATIENCE)
+        self._socket.connect(str(path))
+        self._socket.sendall(wire.Hello(
+            wire.VERSION, wire.VERSION, wire.PAGE_SIZE, uuid.uuid4(),
+            512 << 20, wire.Policy.ENFORCE, wire.OnMatch.ALERT,
+            wire.OnTimeout.ALLOW, 1000, flags).pack())
+        room = self._decoder.room()
+        data, self._fds, _, _ = socket.recv_fds(self._socket, len(room), 4)
+        room[:len(data)] = data
+        self._decoder.filled(len(data))
+        self.welcome = self._receive()
+        if self.welcome.ring_slots:
+            self._ring = ring.MonitorEnd(
+                self._fds[-1], self.welcome.ring_slots)
+        if bool(flags) != bool(self._ring):
+            self.close()
+            raise errors.ToolError('the worker gives no shared memory')
+
+    def close(self):
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _receive(self):
+        while (frame := self._decoder.frame()) is None:
+            count = self._socket.recv_into(self._decoder.room())
+            if not count:
+                raise errors.ToolError('the worker closed the connection')
+            self._decoder.filled(count)
+        return frame
+
+    def _look(self):
+        """Look for a verdict for a while and then sleep, as a vCPU does."""
+        asleep = time.perf_counter() + _LOOK
+        while (data := self._ring.verdicts.take()) is None:
+            if time.perf_counter() < asleep:
+                continue
+            if not self._socket.recv(99):
+                raise errors.ToolError('the worker closed the connection')
+        return wire.whole(wire.Verdict, data)
+
+    def ask(self, number, page):
+        """Ask for a page.
+
+        :returns: the verdict, and the time that it took in seconds
+        """
+        request = wire.Request(
+            number, 1, number * wire.PAGE_SIZE, number * wire.PAGE_SIZE,
+            0, 0, 0, 0, 0, wire.HOLD,
+            wire.page_tag(self.welcome.key, page), b'pc.ram', page).pack()
+        began = time.perf_counter()
+        if self._ring:
+            self._ring.requests.put(request)
+            with contextlib.suppress(BlockingIOError):
+                self._socket.send(ring.DOORBELL, socket.MSG_DONTWAIT)
+            verdict = self._look()
+        else:
+            self._socket.sendall(request)
+            verdict = self._receive()
+        return verdict, time.perf_counter() - began
 
 
 def roundtrip(args):
-    """A page's way through the worker: over its socket and back.
+    """A page's way to the worker and back: by its socket, and by a ring.
 
-    One session asks for one page at a time, 5000 times: pages of real code,
-    no two alike, without a match. The time is that from sending the request
-    until the verdict is decoded. No limit.
+    A session of each kind asks for one page at a time, 5000 times: pages of
+    real code, no two alike, without a match. The time is that from sending
+    the request until the verdict is decoded. No limit.
     """
-    taken = []
+    results = []
     with (lab.directory() as home, lab.Worker(home) as worker,
-          socket.socket(socket.AF_UNIX) as connection,
-          ui.step('ask for %d verdicts' % _REQUESTS) as step):
-        connection.settimeout(10)
-        connection.connect(str(worker.socket))
-        connection.sendall(wire.Hello(
-            wire.VERSION, wire.VERSION, wire.PAGE_SIZE, uuid.uuid4(),
-            512 << 20, wire.Policy.ENFORCE, wire.OnMatch.ALERT,
-            wire.OnTimeout.ALLOW, 1000).pack())
-        decoder = wire.Decoder([wire.Welcome, wire.Verdict])
-        welcome = _receive(connection, decoder)
-        for number, page in enumerate(_pages(_WARMUP + _REQUESTS)):
-            request = wire.Request(
-                number, 1, number * wire.PAGE_SIZE, number * wire.PAGE_SIZE,
-                0, 0, 0, 0, 0, wire.HOLD, wire.page_tag(welcome.key, page),
-                b'pc.ram', page).pack()
-            began = time.perf_counter()
-            connection.sendall(request)
-            verdict = _receive(connection, decoder)
-            taken.append(time.perf_counter() - began)
-            if (verdict.id, verdict.result) != (number, wire.Result.CLEAN):
-                raise errors.ToolError('a wrong verdict: %s' % (verdict,))
-            step.progress(number, _WARMUP + _REQUESTS)
-    cuts = statistics.quantiles(taken[_WARMUP:], n=100)
-    return [Result('roundtrip_median_us', cuts[49] * 1e6, 'µs'),
-            Result('roundtrip_p99_us', cuts[98] * 1e6, 'µs')]
+          ui.step('ask for %d verdicts' % (2 * _REQUESTS)) as step):
+        for name, flags in (('', 0), ('ring_', wire.SHARED)):
+            taken = []
+            with contextlib.closing(_Client(worker.socket, flags)) as client:
+                for number, page in enumerate(_pages(_WARMUP + _REQUESTS)):
+                    verdict, seconds = client.ask(number, page)
+                    if (verdict.id, verdict.result) != (
+                            number, wire.Result.CLEAN):
+                        raise errors.ToolError(
+                            'a wrong verdict: %s' % (verdict,))
+                    taken.append(seconds)
+                    step.progress(number + bool(flags) * _REQUESTS,
+                                  2 * _REQUESTS + _WARMUP)
+            cuts = statistics.quantiles(taken[_WARMUP:], n=100)
+            results += [
+                Result(name + 'roundtrip_median_us', cuts[49] * 1e6, 'µs'),
+                Result(name + 'roundtrip_p99_us', cuts[98] * 1e6, 'µs')]
+    return results
 
 
 BENCHES = {
     'boot': boot,
+    'monitor': bench_monitor.monitor,
     'roundtrip': roundtrip,
 }
 
@@ -253,14 +304,25 @@ def summarize(name, results):
 def table(results):
     """Results for people, as one string."""
     lines = []
+    width = max([20, *(len(result.name) for result in results)])
     for result in results:
-        line = '%-20s %12s %-9s' % (result.name, '%.5g' % result.value,
-                                    result.unit)
+        line = '%-*s %12s %-9s' % (width, result.name, '%.5g' % result.value,
+                                   result.unit)
         if result.limit is not None:
             line += ' %s %.4g' % (
                 'MISSES the limit' if result.short else 'limit', result.limit)
         lines.append(line.rstrip())
     return '\n'.join(lines)
+
+
+def _workloads(text):
+    names = text.split(',')
+    for name in names:
+        if name not in bench_monitor.WORKLOADS:
+            raise argparse.ArgumentTypeError(
+                'there is no workload %r, but %s'
+                % (name, ', '.join(bench_monitor.WORKLOADS)))
+    return names
 
 
 def _parser():
@@ -279,7 +341,10 @@ def _parser():
         help='show the table on stderr, and print one JSON object')
     parser.add_argument(
         '--pairs', metavar='N', type=int, default=5,
-        help='for boot: how many rounds (default: %(default)s)')
+        help='for boot and monitor: how many rounds (default: %(default)s)')
+    parser.add_argument(
+        '--only', metavar='WORKLOAD[,...]', type=_workloads,
+        help='for monitor: some of its workloads')
     return parser
 
 

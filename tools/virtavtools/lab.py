@@ -170,17 +170,20 @@ class Machine(_Running):
     :param accel: the accelerator with its options
     :param smp: number of vCPUs
     :param run: cases to run at boot, after which the guest powers off
+    :param append: more words for the kernel's command line
+    :param snapshot: let the guest write to its disk, and forget that
     :param extra: more arguments of the emulator
+    :param fds: file descriptors that it inherits
     :ivar lines: what has been read of the guest's console
     """
 
     def __init__(self, emulator, guest, home, monitor=None, accel='tcg',
-                 smp=1, run=(), extra=()):
+                 smp=1, run=(), append='', snapshot=False, extra=(), fds=()):
         guest = pathlib.Path(guest)
         self.instance = str(uuid.uuid4())
         self.stderr = home / 'qemu.log'
         self._qmp_path = home / 'qmp.sock'
-        append = _APPEND
+        append = ' '.join(filter(None, [_APPEND, append]))
         if run:
             append += ' virtav.run=' + ','.join(run)
         self.arguments = [
@@ -188,10 +191,7 @@ class Machine(_Running):
             '-machine', 'q35', '-accel', accel, '-cpu', 'max', '-m', '512',
             '-smp', str(smp), '-display', 'none', '-serial', 'stdio',
             '-qmp', 'unix:%s,server=on,wait=on' % self._qmp_path,
-            '-kernel', str(guest / 'vmlinuz'),
-            '-initrd', str(guest / 'initrd.gz'), '-append', append,
-            '-drive', 'file=%s,format=raw,if=virtio,readonly=on' %
-            (guest / 'disk.img')]
+            *self.boot_arguments(guest, append, snapshot)]
         if monitor is not None:
             properties = {'id': 'virtav0', 'instance': self.instance,
                           **monitor}
@@ -199,10 +199,19 @@ class Machine(_Running):
             self.arguments += ['-object', 'page-fetch-monitor,' + ','.join(
                 '%s=%s' % pair for pair in properties.items())]
         self.arguments += extra
+        self._fds = fds
         self.process = self.qmp = None
         self.started = None
         self.lines = []
         self._console = b''
+
+    @staticmethod
+    def boot_arguments(guest, append, snapshot):
+        """Arguments of the emulator that name what it boots."""
+        return ['-kernel', str(guest / 'vmlinuz'),
+                '-initrd', str(guest / 'initrd.gz'), '-append', append,
+                '-drive', 'file=%s,format=raw,if=virtio,%s=on' %
+                (guest / 'disk.img', 'snapshot' if snapshot else 'readonly')]
 
     def start(self):
         """Start the emulator and connect to its QMP socket.
@@ -214,7 +223,7 @@ class Machine(_Running):
         with open(self.stderr, 'wb') as log:
             self.process = subprocess.Popen(
                 self.arguments, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log)
+                stdout=subprocess.PIPE, stderr=log, pass_fds=self._fds)
         os.set_blocking(self.process.stdout.fileno(), False)
         while self.qmp is None:
             if self.process.poll() is not None:
@@ -262,6 +271,13 @@ class Machine(_Running):
         line, self._console = self._console.split(b'\n', 1)
         self.lines.append(line.decode(errors='replace').rstrip('\r'))
         return self.lines[-1]
+
+    def continue_console(self, source):
+        """Go on with the line that the guest was printing elsewhere.
+
+        :param source: the machine that the guest was migrated from
+        """
+        self._console = source._console + self._console
 
     def wait_line(self, pattern, timeout=60, waiting=lambda: None):
         """Wait for a line on the guest's console.

@@ -12,9 +12,10 @@ from virtavtools import errors
 #: For the help of the tools that use this.
 HELP = '''\
 environment:
-  VIRTAV_QEMU        emulator to use instead of what tools/build-qemu builds
-  VIRTAV_QEMU_STOCK  the same for tools/build-qemu --stock
-  VIRTAV_GUEST       directory of the guest instead of tools/build-guest's
+  VIRTAV_QEMU          emulator to use instead of what tools/build-qemu builds
+  VIRTAV_QEMU_STOCK    the same for tools/build-qemu --stock
+  VIRTAV_GUEST         directory of the guest instead of tools/build-guest's
+  VIRTAV_GUEST_DEBIAN  the same for tools/build-guest --debian
 '''
 
 
@@ -73,3 +74,9 @@ def stock_emulator():
 def guest():
     """The directory of the guest, see :func:`emulator`."""
     return _given('VIRTAV_GUEST', 'manifest.json') or _build('build-guest')
+
+
+def debian_guest():
+    """The directory of the guest with a Debian, see :func:`emulator`."""
+    return (_given('VIRTAV_GUEST_DEBIAN', 'manifest.json')
+            or _build('build-guest', '--debian'))

@@ -156,6 +156,8 @@ def run_unit():
 
 def run_functional():
     """Tests with guests that run under the patched QEMU."""
+    packages.install('binutils', 'gcc', 'libc6-dev',
+                     why='to build what the tests run without a kernel')
     return stestr('tests/functional', '--serial',
                   VIRTAV_QEMU=str(parts.emulator()),
                   VIRTAV_GUEST=str(parts.guest()))
