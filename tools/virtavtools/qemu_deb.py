@@ -20,7 +20,6 @@ import subprocess
 from virtavtools import cache
 from virtavtools import errors
 from virtavtools import packages
-from virtavtools import qemu_series
 from virtavtools import qemu_source
 from virtavtools import ui
 

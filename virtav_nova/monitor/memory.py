@@ -2,7 +2,11 @@
 """Memory shared between the worker and QEMU."""
 
 import fcntl
+import mmap
 import os
+
+#: Larger memory would take too long to be filled at a time.
+_POPULATE_MAX = 64 << 20
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -27,3 +31,19 @@ def create(name: str, size: int, begin: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def attach(fd: int) -> mmap.mmap:
+    """Map memory for reading and writing, all of it.
+
+    It is filled at once, as a page fault takes as long as what is done with
+    the memory.
+
+    :param fd: from :func:`create`; may be closed afterwards.
+    :raises OSError: when it cannot be mapped.
+    """
+    size = os.fstat(fd).st_size
+    flags = mmap.MAP_SHARED
+    if size <= _POPULATE_MAX:
+        flags |= mmap.MAP_POPULATE
+    return mmap.mmap(fd, size, flags=flags)

@@ -164,7 +164,7 @@ class WorkerEnd:
     """
 
     def __init__(self, fd: int, slots: int, most: int) -> None:
-        shared = mmap.mmap(fd, size(slots))
+        shared = memory.attach(fd)
         self.requests = Consumer(
             shared, _REQUEST_HEAD, _REQUEST_TAIL, _HEADER_SIZE,
             _REQUEST_STRIDE, slots, wire.REQUEST_SIZE, min(most, slots))

@@ -7,7 +7,6 @@ comes to the worker. Scan processes write it without a lock: an entry that two
 of them wrote at once is a tag that no page has.
 """
 
-import mmap
 import os
 import struct
 
@@ -70,7 +69,7 @@ class VerdictTable:
     """
 
     def __init__(self, fd: int) -> None:
-        self._memory = mmap.mmap(fd, 0)
+        self._memory = memory.attach(fd)
         self._epoch = memoryview(self._memory)[_EPOCH:_EPOCH + 8].cast('Q')
         # Of the sets, which are as many as a power of two.
         self._mask = (len(self._memory) - _HEADER_SIZE) // _SET_SIZE - 1
