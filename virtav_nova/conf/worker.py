@@ -153,16 +153,17 @@ by default), because a page that comes after the slow one waits for it.
 """),
     cfg.IntOpt(
         'busy_poll_us',
-        default=500,
+        default=5000,
         min=0,
         max=10000,
         help="""
 How long a scan process looks for the next page before it sleeps, in µs.
 
 A guest that starts programs fetches new pages in bursts, and to wake a
-sleeping process takes about as long as to scan a page. This shortens the holds
-at the price of processor time of the host, at most this much after each
-verdict. Set it to 0 where the host has none to spare.
+sleeping process takes longer than to scan a page. This shortens the holds at
+the price of processor time of the host: at most this much after each verdict
+while pages come one soon after the other, and a tenth of it otherwise. Set it
+to 0 where the host has none to spare.
 """),
     cfg.IntOpt(
         'max_sessions',

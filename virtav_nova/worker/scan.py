@@ -34,6 +34,9 @@ _WAITING_MAX = 1024
 _FAULT_PERIOD = 1.0
 _REASON_MAX = 200
 
+#: Part of the time of a busy poll that is spent on it outside of bursts.
+_BRIEF = 10
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -96,6 +99,8 @@ class Scanner:
         self._tagger = wire.Tagger(key)
         self._max_in_flight = max_in_flight
         self._busy_poll = busy_poll_us * 1000
+        #: Whether the last event came soon after the one before.
+        self._burst = False
         self._skip = skip
         self._table = verdicts
         self._poll = select.epoll()
@@ -132,18 +137,26 @@ class Scanner:
     def _events(self) -> list[tuple[int, int]]:
         """Look for events for a moment, then sleep until there are some."""
         patience = self._patience()
-        if self._busy_poll and patience != 0 and self._sessions:
-            end = time.monotonic_ns() + self._busy_poll
-            recent = self._recent
-            while time.monotonic_ns() < end:
-                if events := self._poll.poll(0):
-                    return events
-                # Its memory tells sooner than its doorbell. Not before the
-                # others had their chance.
-                if recent is not None and recent.link.waiting():
-                    self._enqueue(recent)
-                    return []
-        return self._poll.poll(patience)
+        if not self._busy_poll or patience == 0 or not self._sessions:
+            return self._poll.poll(patience)
+        begin = time.monotonic_ns()
+        # Long only within a burst: who comes rarely can be waited for asleep.
+        end = begin + (self._busy_poll if self._burst
+                       else self._busy_poll // _BRIEF)
+        recent = self._recent
+        while time.monotonic_ns() < end:
+            if events := self._poll.poll(0):
+                break
+            # Its memory tells sooner than its doorbell. Not before the
+            # others had their chance.
+            if recent is not None and recent.link.waiting():
+                self._enqueue(recent)
+                events = []
+                break
+        else:
+            events = self._poll.poll(patience)
+        self._burst = time.monotonic_ns() - begin < self._busy_poll
+        return events
 
     def _patience(self) -> float | None:
         """:returns: seconds that may be slept, None without limit."""
