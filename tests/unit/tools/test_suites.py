@@ -83,6 +83,9 @@ class TestLive(base.TestCase):
         self.assertEqual('some text\n', self.stdout.getvalue())
 
     def test_ends_with_the_program(self):
+        # Who is started in the background by a script ignores it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with self.assertRaises(KeyboardInterrupt):
             suites.live([pathlib.Path('/bin/sh'), '-c',
