@@ -13,8 +13,9 @@ class SeriesTest(base.TestCase):
     def _run(self, name, timeout, *words):
         # tools/build-qemu puts it there.
         program = self.emulator.with_name(name)
-        if not program.exists():
-            self.skipTest('no %s beside %s' % (name, self.emulator))
+        self.assertTrue(program.exists(), 'no %s beside %s: what '
+                        'tools/build-qemu builds has it' % (
+                            name, self.emulator))
         result = subprocess.run(
             [program, *words], stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
