@@ -3,6 +3,7 @@
 
 from oslo_config import cfg
 
+from virtav_nova.conf import rules
 from virtav_nova.conf import worker
 
 
@@ -11,4 +12,5 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
 
     :param conf: the configuration to register them with.
     """
+    rules.register_opts(conf)
     worker.register_opts(conf)

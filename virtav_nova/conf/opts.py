@@ -3,9 +3,10 @@
 
 from oslo_config import cfg
 
+from virtav_nova.conf import rules
 from virtav_nova.conf import worker
 
 
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """:returns: each group with its options."""
-    return [worker.list_opts()]
+    return [rules.list_opts(), worker.list_opts()]

@@ -6,6 +6,7 @@ opened a second time by name.
 """
 
 import collections.abc
+import errno
 import hashlib
 import os
 import stat
@@ -20,6 +21,8 @@ FILE_MAX = 16 << 20
 TOTAL_MAX = 256 << 20
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
+
+Refused = collections.abc.Callable[[str, exception.RuleError], None]
 
 
 class RuleFile(typing.NamedTuple):
@@ -43,25 +46,67 @@ def read(directory: str) -> list[RuleFile]:
     :returns: the files, sorted by name.
     :raises RuleError: when there is none, or one cannot be taken.
     """
+    if not os.path.lexists(directory):
+        raise exception.RuleError(
+            _('%(path)s: %(error)s') % {
+                'path': directory, 'error': os.strerror(errno.ENOENT)},
+            _('bring rules into force, such as by "virtav-rules import '
+              '/etc/virtav/rules", or change [virtav_worker] rules_dir'))
+    files = gather(directory, _raise)
+    if not files:
+        raise exception.RuleError(
+            _('no *.yar or *.yara file in rule directory %s') % directory,
+            _('bring rules into force by "virtav-rules import", or change '
+              '[virtav_worker] rules_dir'))
+    return files
+
+
+def gather(directory: str, refused: Refused) -> list[RuleFile]:
+    """Read what can be read below a directory; may be nothing.
+
+    :param directory: as in :func:`read`.
+    :param refused: called for each file that cannot be taken, with its
+        name and the reason; may raise it.
+    :returns: the files, sorted by name.
+    :raises RuleError: when the directory itself cannot be read, or the
+        files are too much together.
+    """
     try:
         top = os.open(directory, _DIRECTORY)
     except OSError as error:
         raise _unreadable(directory, error) from error
     files: list[RuleFile] = []
     total = 0
+
+    def name(path: str) -> str:
+        return os.path.relpath(path, directory)
+
     try:
-        for path, content in _walk(top, directory):
-            files.append(RuleFile(os.path.relpath(path, directory), content))
+        for path, content in _walk(
+                top, directory,
+                lambda path, error: refused(name(path), error)):
+            files.append(RuleFile(name(path), content))
             total += len(content)
             if total > TOTAL_MAX:
                 raise _oversized(path, TOTAL_MAX)
     finally:
         os.close(top)
-    if not files:
-        raise exception.RuleError(
-            _('no *.yar or *.yara file in rule directory %s') % directory,
-            _('put rules there or change [virtav_worker] rules_dir'))
     return sorted(files)
+
+
+def read_file(path: str) -> RuleFile:
+    """Read one file of rules, whatever its name ends with.
+
+    :param path: must not be a link.
+    :returns: the file, named by the last part of the path.
+    :raises RuleError: when it cannot be taken.
+    """
+    try:
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise _refused(path)
+        return RuleFile(os.path.basename(path), _content(None, path, path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def digest(engine: str, files: collections.abc.Iterable[RuleFile]) -> bytes:
@@ -81,12 +126,17 @@ def digest(engine: str, files: collections.abc.Iterable[RuleFile]) -> bytes:
     return total.digest()
 
 
-def _walk(directory: int, path: str
+def _raise(_name: str, error: exception.RuleError) -> None:
+    raise error
+
+
+def _walk(directory: int, path: str, refused: Refused
           ) -> collections.abc.Iterator[tuple[str, bytes]]:
     """Read the rule files below a directory.
 
     :param directory: file descriptor.
     :param path: of the directory.
+    :param refused: called with path and reason of what cannot be taken.
     :returns: path and content of each.
     """
     for name in os.listdir(directory):
@@ -97,21 +147,24 @@ def _walk(directory: int, path: str
             mode = os.stat(
                 name, dir_fd=directory, follow_symlinks=False).st_mode
             if stat.S_ISLNK(mode):
-                raise _refused(below)
+                refused(below, _refused(below))
+                continue
             if stat.S_ISDIR(mode):
                 inner = os.open(name, _DIRECTORY | os.O_NOFOLLOW,
                                 dir_fd=directory)
                 try:
-                    yield from _walk(inner, below)
+                    yield from _walk(inner, below, refused)
                 finally:
                     os.close(inner)
             elif name.endswith(SUFFIXES):
                 yield below, _content(directory, name, below)
+        except exception.RuleError as error:
+            refused(below, error)
         except OSError as error:
-            raise _unreadable(below, error) from error
+            refused(below, _unreadable(below, error))
 
 
-def _content(directory: int, name: str, path: str) -> bytes:
+def _content(directory: int | None, name: str, path: str) -> bytes:
     # What stat said does not count any more: the file may be another one
     # now. O_NONBLOCK: to open a named pipe would wait for its writer.
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
@@ -141,6 +194,6 @@ def _refused(path: str) -> exception.RuleError:
 def _unreadable(path: str, error: OSError) -> exception.RuleError:
     return exception.RuleError(
         _('%(path)s: %(error)s') % {'path': path, 'error': error.strerror},
-        _('have it there, readable for the worker, or change '
-          '[virtav_worker] rules_dir'))
+        _('have it there, and readable; the worker reads what [virtav_worker] '
+          'rules_dir names'))
 
