@@ -22,9 +22,25 @@ class JournalError(ConfigurationError):
     """The alert journal cannot be opened."""
 
 
+class PrivilegeError(ConfigurationError):
+    """The worker cannot become what it is to be."""
+
+
+class RegistrationError(ConfigurationError):
+    """An instance's registration cannot be placed or read."""
+
+
+class RecordingError(ConfigurationError):
+    """A recording cannot be read or written, or nobody plays it."""
+
+
 class RuleError(ConfigurationError):
     """The rules cannot be read or compiled."""
 
 
 class SocketError(ConfigurationError):
     """The socket cannot be listened on."""
+
+
+class StatusError(ConfigurationError):
+    """The worker cannot be asked how it is."""

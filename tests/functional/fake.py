@@ -32,7 +32,8 @@ class Session:
         self.table = self.end = self.memory = None
         self._fds = []
         self._connection = connection
-        self._decoder = wire.Decoder((wire.Hello, wire.Request))
+        self._decoder = wire.Decoder((wire.Hello, wire.Request, wire.Page))
+        self._reads = 0
 
     def close(self):
         """Close what it opened."""
@@ -53,7 +54,9 @@ class Session:
             self._decoder.filled(count)
         if isinstance(frame, wire.Request):
             # What it holds of the decoder's buffer would not last.
-            frame = frame._replace(page=bytes(frame.page))
+            frame = frame._replace(window=bytes(frame.window))
+        elif isinstance(frame, wire.Page):
+            frame = frame._replace(content=bytes(frame.content))
         elif isinstance(frame, wire.Hello):
             self.hello = frame
         return frame
@@ -62,7 +65,7 @@ class Session:
         while (data := self.end.requests.take()) is None:
             if not self._connection.recv(99):
                 raise EOFError
-        return wire.whole(wire.Request, data)
+        return wire.whole(data, wire.Request, wire.Page)
 
     def send(self, data, fds=()):
         """Send bytes over the socket, whether they are a frame or not.
@@ -143,6 +146,17 @@ class Session:
             request.id, request.generation,
             wire.page_tag(self.key, request.page), result,
             rule)._replace(**changes)
+
+    def read(self, gpa):
+        """Ask for a page of the guest.
+
+        :param gpa: guest physical address, page aligned
+        :returns: :class:`wire.Read`; the answer is the next PAGE frame
+        """
+        self._reads += 1
+        asked = wire.Read(self._reads, gpa)
+        self.put(asked.pack())
+        return asked
 
     def answer(self, request, *arguments, **changes):
         """Send what :meth:`verdict` gives."""

@@ -65,6 +65,11 @@ class Journal:
                 _('make the directory writable for the worker, or change '
                   '[virtav_worker] state_dir')) from error
 
+    @property
+    def failing(self) -> bool:
+        """The last record could not be written."""
+        return self._failing
+
     def append(self, entry: record.Record) -> None:
         """Write one record.
 

@@ -13,6 +13,7 @@ import typing
 from virtav_nova import text
 from virtav_nova.engines import base
 from virtav_nova.monitor import wire
+from virtav_nova.rules import meta as rules_meta
 
 Record: typing.TypeAlias = dict[str, typing.Any]
 
@@ -23,15 +24,35 @@ _META_MAX = 16
 _VALUE_MAX = 256
 _TAGS_MAX = 16
 _STRINGS_MAX = 32
+_PAGES_MAX = 64
 _EXCERPT = 256
 
 #: What is counted of a session; ``distinct`` by page tag.
 COUNTS = ('fetches', 'distinct', 'matches', 'unknown', 'dropped')
 
 _DETAILS = (
-    'rule', 'rule_author', 'tags', 'meta', 'namespace', 'strings',
-    'rules_matched', 'block', 'offset', 'gpa', 'gva', 'rip', 'cr3', 'cpl',
-    'vcpu', 'tag', 'bytes', 'held', 'resent')
+    'rule', 'rule_author', 'rule_licence', 'rule_reference', 'severity',
+    'mitre', 'tags', 'meta', 'namespace', 'form', 'start', 'pages', 'strings',
+    'rules_matched', 'repeats', 'block', 'offset', 'gpa', 'gva', 'rip', 'cr3',
+    'cpl', 'vcpu', 'tag', 'bytes', 'held', 'resent')
+
+
+class Finding(typing.NamedTuple):
+    """A match, and what it was found in.
+
+    :param form: ``page``, ``junction`` or ``accumulated``.
+    :param start: guest virtual address of the first byte of what was
+        scanned; offsets of strings are from there.
+    :param data: what was scanned; of several pages the one that was fetched.
+    :param pages: for ``accumulated``: ``gva`` and ``gpa`` of each page that
+        a string was found on.
+    """
+
+    form: str
+    match: base.Match
+    start: int
+    data: bytes | memoryview
+    pages: collections.abc.Sequence[Record] = ()
 
 
 def now() -> str:
@@ -40,33 +61,42 @@ def now() -> str:
         timespec='microseconds')
 
 
-def details(request: wire.Request, matches: list[base.Match]
+def details(request: wire.Request, findings: list[Finding]
             ) -> collections.abc.Iterator[Record]:
-    """Say what was found in a page, in the scan process.
+    """Say what was found, in the scan process.
 
     :param request: with its page.
-    :param matches: at least one.
-    :returns: for each of the first matches, the parts of its record that
+    :param findings: at least one.
+    :returns: for each of the first findings, the parts of its record that
         the scan process knows, everything bounded.
     """
     gpa = None if request.gpa == wire.UNKNOWN_GPA else request.gpa
-    for match in matches[:MATCHES_MAX]:
+    for finding in findings[:MATCHES_MAX]:
+        match = finding.match
+        said = rules_meta.describe(match.meta, match.tags)
         meta = {
             text.printable(name, _NAME_MAX): _bounded(value)
             for name, value in list(match.meta.items())[:_META_MAX]}
         yield {
             'time': now(),
             'rule': text.printable(match.rule, _NAME_MAX),
-            'rule_author': meta.get('author'),
+            'rule_author': said['author'],
+            'rule_licence': said['licence'],
+            'rule_reference': said['reference'],
+            'severity': said['severity'],
+            'mitre': said['mitre'],
             'tags': [text.printable(tag, _NAME_MAX)
                      for tag in match.tags[:_TAGS_MAX]],
             'meta': meta,
             'namespace': text.printable(match.namespace, _VALUE_MAX),
+            'form': finding.form,
+            'start': finding.start,
+            'pages': list(finding.pages[:_PAGES_MAX]),
             'strings': [
                 {'identifier': text.printable(identifier, _NAME_MAX),
                  'offset': offset}
                 for identifier, offset in match.strings[:_STRINGS_MAX]],
-            'rules_matched': len(matches),
+            'rules_matched': len(findings),
             'block': text.printable(request.block, _VALUE_MAX),
             'offset': request.offset,
             'gpa': gpa,
@@ -76,7 +106,7 @@ def details(request: wire.Request, matches: list[base.Match]
             'cpl': request.cpl,
             'vcpu': request.vcpu,
             'tag': request.tag.hex(),
-            'bytes': _excerpt(request.page, match.strings),
+            'bytes': _excerpt(finding.data, match.strings),
             'held': bool(request.flags & wire.HOLD),
             'resent': bool(request.flags & wire.RESENT),
         }
@@ -134,8 +164,8 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _excerpt(page: bytes | memoryview, strings: list[tuple[str, int]]) -> str:
+def _excerpt(data: bytes | memoryview, strings: list[tuple[str, int]]) -> str:
     """:returns: the bytes round the first string found, as hex."""
     first = min((offset for _, offset in strings), default=0)
-    start = max(0, min(first - _EXCERPT // 4, len(page) - _EXCERPT))
-    return bytes(page[start:start + _EXCERPT]).hex()
+    start = max(0, min(first - _EXCERPT // 4, len(data) - _EXCERPT))
+    return bytes(data[start:start + _EXCERPT]).hex()

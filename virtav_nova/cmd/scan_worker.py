@@ -6,28 +6,26 @@ import importlib.metadata
 import logging
 import os
 import sys
-import typing
 
 from oslo_config import cfg
 from oslo_log import log
-from stevedore import driver
-from stevedore import exception as stevedore_exception
-from stevedore import extension
 
 from virtav_nova import conf as virtav_conf
 from virtav_nova import exception
 from virtav_nova.alerts import journal
-from virtav_nova.engines import base
 from virtav_nova.i18n import _
-from virtav_nova.rules import directory
+from virtav_nova.worker import handshake
 from virtav_nova.worker import listener
+from virtav_nova.worker import operation
 from virtav_nova.worker import pool
+from virtav_nova.worker import privileges
+from virtav_nova.worker import recorder
+from virtav_nova.worker import ruleset
 from virtav_nova.worker import server
 
 LOG = logging.getLogger(__name__)
 
 _PROG = 'virtav-scan-worker'
-_ENGINES = 'virtav.engines'
 
 _CLI_OPTS = [
     cfg.BoolOpt('check', default=False,
@@ -42,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     :returns: exit status: 0 after a drain, 2 when the configuration has to
         be mended first, 1 after anything else.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ['record']:
+        return recorder.main(arguments[1:])
     conf = cfg.ConfigOpts()
     conf.register_cli_opts(_CLI_OPTS)
     virtav_conf.register_opts(conf)
@@ -61,9 +62,6 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(2, str(error), error.way_out)
     except cfg.Error as error:
         return _failed(2, str(error), _('mend the configuration file'))
-    except pool.StartError as error:
-        return _failed(1, _('scan processes do not start: %s') % error,
-                       _('see what they wrote above'))
 
 
 def _failed(status: int, message: str, way_out: str) -> int:
@@ -87,60 +85,40 @@ def _options(conf: cfg.ConfigOpts) -> cfg.ConfigOpts.GroupAttr:
     return options
 
 
-def _load(options: cfg.ConfigOpts.GroupAttr) -> tuple[base.Engine, bytes]:
-    """:returns: the engine with the rules compiled, and their digest."""
-    try:
-        kind = typing.cast(type[base.Engine], driver.DriverManager(
-            _ENGINES, options.engine).driver)
-    except stevedore_exception.NoMatches as error:
-        known = extension.ExtensionManager(_ENGINES).names()
-        raise exception.EngineError(
-            _('no scan engine is called %s') % options.engine,
-            _('set [virtav_worker] engine to one of: %s')
-            % ', '.join(sorted(known))) from error
-    files = directory.read(options.rules_dir)
-    try:
-        engine = kind.compile(files, options.scan_timeout_ms)
-    except exception.RuleError as error:
-        # The engine knows names only, which are the same on every host.
-        raise exception.RuleError(
-            os.path.join(options.rules_dir, str(error)),
-            error.way_out) from error
-    if not engine.describe()['rules']:
-        raise exception.RuleError(
-            _('the files in rule directory %s hold no rule')
-            % options.rules_dir, _('put rules into them'))
-    return engine, directory.digest(f'{kind.name} {kind.version}', files)
-
-
 def _check(options: cfg.ConfigOpts.GroupAttr) -> int:
-    engine, digest = _load(options)
-    print(f'engine: {engine.name} {engine.version}')
-    print(f'rules: {engine.describe()["rules"]}')
-    print(f'digest: {digest.hex()}')
+    rules = ruleset.read(options)
+    description = pool.attempt(options, rules)
+    print(f'engine: {rules.kind.name} {rules.kind.version}')
+    print(f'rules: {description["rules"]}')
+    print(f'digest: {rules.digest.hex()}')
     return 0
 
 
 def _serve(options: cfg.ConfigOpts.GroupAttr) -> int:
-    if os.geteuid() == 0:
-        LOG.warning('Running as root. A flaw in the scan engine would give a '
-                    'guest the whole host: run the worker as a user of its '
-                    'own.')
-    engine, digest = _load(options)
-    LOG.info('Engine %s %s, digest %s: %s', engine.name, engine.version,
-             digest.hex(), engine.describe())
-    listening = listener.Listener(
-        options.socket, options.socket_group or None,
-        int(options.socket_mode, 8))
-    with contextlib.closing(listening):
+    who = privileges.identity(options.user, options.socket_group)
+    owner = None
+    if who is not None:
+        owner = who.uid, who.gid
+        # QEMU has to reach the one, and nobody else is to see the other.
+        privileges.make_directory(
+            os.path.dirname(options.socket), who, 0o755)
+        privileges.make_directory(options.state_dir, who, 0o750)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(contextlib.closing(listener.Listener(
+            options.socket, options.socket_group or None,
+            int(options.socket_mode, 8), owner)))
+        faces = stack.enter_context(contextlib.closing(
+            operation.Faces(options, owner)))
+        confinement = operation.confine(who)
         alerts = journal.Journal(
             options.journal_path, options.journal_max_mib << 20,
             options.journal_keep)
         with contextlib.closing(alerts):
-            worker = server.Server(
-                options, engine, digest, listening, alerts)
-            del engine  # Its rules are for the scan processes.
-            worker.run()
+            admission = handshake.Admission(
+                listener.Peers(options.peer_users), options.instances_dir,
+                options.require_token)
+            server.Server(options, listening, alerts, admission, faces,
+                          confinement).run()
     return 0
 
 

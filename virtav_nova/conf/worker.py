@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the scan worker."""
 
+import ipaddress
+
 from oslo_config import cfg
 from oslo_config import types
 
@@ -27,6 +29,42 @@ class PowerOfTwo(types.Integer):
                 f'{number} is neither 0 nor a power of two from '
                 f'{self._least} to {self._most}')
         return number
+
+
+class Address(types.String):
+    """Where to listen: a loopback address with a port, a UNIX path, or ''."""
+
+    def __init__(self) -> None:
+        super().__init__(type_name='local address')
+
+    def __call__(self, value: object) -> str:
+        """:raises ValueError: when the value is none."""
+        given = str(super().__call__(value))
+        if given and not given.startswith('unix:/'):
+            loopback(given)
+        return given
+
+
+def loopback(given: str) -> tuple[str, int]:
+    """Read HOST:PORT.
+
+    :returns: the address as a number, and the port.
+    :raises ValueError: when it is no loopback address, or no port.
+    """
+    host, _colon, port = given.rpartition(':')
+    if host.startswith('[') and host.endswith(']'):
+        host = host[1:-1]
+    elif host == 'localhost':
+        host = '127.0.0.1'
+    try:
+        good = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        good = False
+    if not good or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f'{given} is neither a loopback address with a port, such as '
+            f'127.0.0.1:9109, nor unix:PATH')
+    return host, int(port)
 
 
 GROUP = cfg.OptGroup(
@@ -75,6 +113,72 @@ Whoever may write to the socket may use up the worker's time and write session
 records into the journal, so leave others out.
 """),
     cfg.StrOpt(
+        'user',
+        default='virtav',
+        help="""
+User that the worker becomes when it is started as root, once it has made its
+sockets and directories.
+
+It has the groups of that user, and that of ``socket_group``. Name one that
+nothing else runs as. Started as anybody else the worker stays who it is. Set
+to ``root`` the worker stays root, and has no capability left; that is for
+trying it where its program is for root only.
+"""),
+    cfg.ListOpt(
+        'peer_users',
+        default=['libvirt-qemu', 'qemu', 'nova', 'root'],
+        help="""
+Users that may connect to ``socket``, by name or number, as the kernel tells
+them. Connections of others are refused.
+
+The worker's own user may always. Names of users that do not exist are passed
+over. What runs as one of these users still has to show the token of the
+instance that it speaks for; see ``require_token``.
+"""),
+    cfg.StrOpt(
+        'instances_dir',
+        default='/var/lib/virtav-instances',
+        help="""
+Directory of the registrations of instances.
+
+Whoever starts instances, as Nova does, puts two files there for each:
+``UUID.json`` with the token and the project for the worker, and ``UUID.token``
+for QEMU. The directory has to belong to that user or to root, and nobody else
+may be able to write to it; the worker has to be able to read it.
+"""),
+    cfg.BoolOpt(
+        'require_token',
+        default=True,
+        help="""
+Whether a QEMU has to show the token of the instance that it speaks for.
+
+With this off, whoever is one of ``peer_users`` may speak for any instance: use
+up its budget, and write records into the alert journal in its name. It is for
+instances that were started by hand, without a registration.
+"""),
+    cfg.StrOpt(
+        'status_socket',
+        default='/run/virtav/status.sock',
+        help="""
+Path of the UNIX socket that ``virtav-status`` asks. Empty for none.
+
+It belongs to the worker's user and group, with mode 0660: who may ask may
+also have the rules loaded anew. At most 107 bytes.
+"""),
+    cfg.Opt(
+        'metrics',
+        type=Address(),
+        default='',
+        help="""
+Where Prometheus finds the worker's metrics, at ``/metrics``: HOST:PORT with a
+loopback address (``127.0.0.1:9109``, ``[::1]:9109``), or ``unix:PATH``. Empty
+for nowhere, which is the default: a port on loopback can be asked by every
+user of the host, and the figures tell how busy the instances are.
+
+Metrics have no names of instances; ``virtav-status`` tells of each. The socket
+at PATH has mode 0660 and belongs to the worker's user and group.
+"""),
+    cfg.StrOpt(
         'state_dir',
         default='/var/lib/virtav',
         help="""
@@ -110,22 +214,82 @@ How many older files of the alert journal are kept. The journal takes at most
 """),
     cfg.StrOpt(
         'rules_dir',
-        default='/etc/virtav/rules',
+        default='$state_dir/rules/current',
         help="""
 Directory of the rules. All ``*.yar`` and ``*.yara`` files in it and below it
 are in force together; names that start with a dot are passed over.
 
-Rules are read at start only: restart the worker after a change. Links inside
-the directory and ``include`` statements are refused. A broken rule keeps the
-worker from starting: try a new set with ``virtav-scan-worker --check`` first.
-Only those who may decide what runs in all instances should be able to write
-here.
+By default it is the rule set that ``virtav-rules import`` has brought into
+force. Another directory is taken as it is: nobody has then tried whether its
+rules can hold on a page, what they cost, and whether they raise false alarms.
+Links inside the directory and ``include`` statements are refused. A broken
+rule keeps the worker from starting: try a new set with ``virtav-scan-worker
+--check`` first. A worker that runs reads them anew on SIGHUP; when the new set
+cannot be had, the one before stays in force. Only those who may decide what
+runs in all instances should be able to write here.
 """),
     cfg.StrOpt(
         'engine',
-        default='yara',
+        default='twostage',
         help="""
 What scans the pages: a name from the entry points ``virtav.engines``.
+
+``twostage`` looks for strings of all rules at once and has libyara evaluate
+the few rules that may hold. It gives what ``yara`` gives, which evaluates all
+rules for every page and takes many times as long. ``clamav`` asks clamd, which
+has signatures of its own and no use for the rules; it sees less in a page than
+in a file. ``noop`` finds nothing, and is for measuring.
+"""),
+    cfg.StrOpt(
+        'clamd_socket',
+        default='/run/clamav/clamd.ctl',
+        help="""
+Path of the UNIX socket of clamd, for the engine ``clamav``. The worker's user
+has to be able to connect to it.
+"""),
+    cfg.IntOpt(
+        'rules_memory_mib',
+        default=4096,
+        min=64,
+        help="""
+Memory in MiB that compiling the rules may take at most, address space counted.
+
+Rules are compiled in a process of their own, which ends when it wants more:
+the rules before stay in force then, or the worker does not start. What the
+compiled rules take after that is less, and is shared by all scan processes.
+"""),
+    cfg.FloatOpt(
+        'load_timeout',
+        default=300,
+        min=1,
+        max=3600,
+        help="""
+Seconds that loading the rules may take at most. The rules before stay in force
+when it takes longer, or the worker does not start.
+"""),
+    cfg.FloatOpt(
+        'reload_rate',
+        default=5,
+        min=0.01,
+        max=10000,
+        help="""
+Instances moved to new rules in a second, after these have been loaded.
+
+An instance that is moved has all pages looked at anew that it executes. With a
+higher rate all guests of the host do so at the same time, and wait for each
+other; with a lower one the old rules stay in use, and in memory, for longer.
+New connections have the new rules at once.
+"""),
+    cfg.IntOpt(
+        'blame_after',
+        default=3,
+        min=1,
+        max=1000,
+        help="""
+Scan processes that a rule may cost, by scans that take too long or crash,
+before it is put into quarantine: the rules are loaded anew without it, and
+stay without it until its entry is taken out of ``quarantine.json`` in
+``state_dir``. What is in quarantine is part of the rule-set digest.
 """),
     cfg.IntOpt(
         'processes',
@@ -166,6 +330,29 @@ while pages come one soon after the other, and a tenth of it otherwise. Set it
 to 0 where the host has none to spare.
 """),
     cfg.IntOpt(
+        'budget_percent',
+        default=25,
+        min=1,
+        max=100,
+        help="""
+Percent of one processor that an instance may have for its scans while other
+instances of the same scan process want theirs.
+
+What an instance does not use it may use later, up to one second of scan time,
+so that a boot is not slowed down. Beyond that it waits while others are
+served, and is served when nobody else is waiting.
+"""),
+    cfg.IntOpt(
+        'cache_mib',
+        default=32,
+        min=1,
+        max=65536,
+        help="""
+Memory in MiB that each scan process has at most for the results of scans, so
+that no page is scanned twice. It takes 256 bytes for a clean page, and more
+for one with a part of a rule.
+"""),
+    cfg.IntOpt(
         'max_sessions',
         default=256,
         min=1,
@@ -184,7 +371,7 @@ host.
 Most pages that one instance may have waiting for a verdict.
 
 A session that sends more is closed: a well-behaved QEMU never does. Bounds
-the worker's memory: 4.2 KiB for each page that really waits.
+the worker's memory: 5.2 KiB for each page that really waits.
 """),
     cfg.Opt(
         'table_entries',
@@ -198,7 +385,23 @@ it, because it was scanned before for whatever instance, runs without asking
 the worker. It takes 16 bytes an entry, once for the host.
 
 How long a page takes to run the first time tells a guest whether the same
-has run on this host before. Where that must not be known, set it to 0.
+has run on this host before. Where that must not be known, see ``table_scope``.
+"""),
+    cfg.StrOpt(
+        'table_scope',
+        default='node',
+        choices=[
+            ('node', 'All instances of the host share what is learnt.'),
+            ('project', 'Only instances of one project do.')],
+        help="""
+Who shares what is learnt of pages: the verdict table, the results that scan
+processes remember, and the key that both are kept under.
+
+With ``project`` an instance cannot find out by the time that a page takes
+what instances of other projects have run. Each project then has a table of
+its own, as long as one of its instances is connected, so that up to 16 times
+``table_entries`` bytes are taken for each; and pages are scanned once for
+each. Instances whose project is not known share one.
 """),
     cfg.Opt(
         'ring_slots',
@@ -209,10 +412,10 @@ Pages that the shared memory of a session has room for: a power of two, or 0
 for no shared memory.
 
 Pages and verdicts go through this memory in less time than through the
-socket. It takes 4.5 KiB for each page of each session, so at most
-``max_sessions`` times ``ring_slots`` times that (73 MiB by default), and
+socket. It takes 5.5 KiB for each page of each session, so at most
+``max_sessions`` times ``ring_slots`` times that (89 MiB by default), and
 another open file for each session. Where it cannot be had, or QEMU does not
-take it, the session uses the socket. No more pages than this wait at a time,
+take it, the session uses the socket. Fewer pages than this wait at a time,
 whatever ``max_in_flight`` says.
 """),
     cfg.FloatOpt(
@@ -231,6 +434,101 @@ Seconds within which a new connection has to have said who it is.
         help="""
 Seconds that the worker, told to stop by SIGTERM or SIGINT, takes at most for
 answering what it has received. A second signal ends it at once.
+"""),
+    cfg.BoolOpt(
+        'accumulate',
+        default=True,
+        help="""
+Whether rules are found whose strings lie on several pages.
+
+The worker then remembers, for each address space of each instance, the pages
+on which there is a part of such a rule. When the parts may come to a match, it
+reads the memory of the process through the page tables of the guest and
+evaluates the rule over it: this is the *deep scan*. With this off a rule has
+to hold within one page, or across the boundary of two. Engines other than
+``twostage`` do not know parts of rules, so that this changes nothing.
+"""),
+    cfg.IntOpt(
+        'accumulate_wait_ms',
+        default=200,
+        min=0,
+        max=60000,
+        help="""
+Longest time in ms that the verdict of a fetch waits for a deep scan.
+
+A fetch waits only when with its page all is there that a rule needs. If the
+deep scan takes longer, the verdict is what the remembered pages say, and the
+deep scan goes on: it may still raise an alert, but cannot keep the page from
+running. Keep it well below the deadline of the instances (``deadline-ms``,
+1000 by default).
+"""),
+    cfg.FloatOpt(
+        'accumulate_rate',
+        default=10,
+        min=1,
+        max=1000,
+        help="""
+Deep scans of one instance in a second: so many for fetches that do not wait,
+and so many for those that wait because the rest of a rule was seen in another
+address space, of which the page may be a part, too. Where it was seen in the
+same address space there is no limit but ``max_in_flight``: the guest's own
+time is spent. A deep scan takes up to 50 ms of a processor of the host, in
+small steps between which others are served.
+"""),
+    cfg.IntOpt(
+        'accumulate_deep_pages',
+        default=256,
+        min=0,
+        max=65536,
+        help="""
+Pages that a deep scan reads at most beside those that are remembered: the
+nearest ones to them that are mapped. So a rule is found though some of its
+strings lie in data that is never executed.
+"""),
+    cfg.IntOpt(
+        'accumulate_fresh_ms',
+        default=2000,
+        min=0,
+        max=600000,
+        help="""
+For how many ms a remembered page counts by itself.
+
+Where a deep scan cannot tell whether it is still there (QEMU was started with
+``deep-scan=off``, or the deep scan takes too long) a rule is evaluated over
+the remembered pages of this age at most. An address space that ended within
+that time and one that was made in its place may then be taken for one.
+"""),
+    cfg.IntOpt(
+        'accumulate_pages',
+        default=64,
+        min=2,
+        max=4096,
+        help="""
+Pages that are remembered of one address space; the one that was fetched
+longest ago is forgotten first.
+"""),
+    cfg.IntOpt(
+        'accumulate_rules',
+        default=1000,
+        min=1,
+        help="""
+Rules of which parts are remembered in one address space.
+"""),
+    cfg.IntOpt(
+        'accumulate_spaces',
+        default=1024,
+        min=1,
+        help="""
+Address spaces that a scan process remembers pages of, over all instances; the
+one that was heard of longest ago is forgotten first.
+"""),
+    cfg.IntOpt(
+        'accumulate_mib',
+        default=16,
+        min=1,
+        help="""
+Memory in MiB that remembered pages take of each scan process at most. A page
+takes about 6 KiB.
 """),
 ]
 

@@ -26,33 +26,55 @@ VERSION = 1
 PAGE_SIZE = 4096
 KEY_SIZE = 32
 TAG_SIZE = 16
+TOKEN_SIZE = 32
+#: Bytes of a page that a junction takes, from each side.
+EDGE_SIZE = 512
+#: A junction: the end of a virtual page and the begin of the next.
+JUNCTION_SIZE = 2 * EDGE_SIZE
+#: A page between the edges of its virtual neighbours.
+WINDOW_SIZE = PAGE_SIZE + 2 * EDGE_SIZE
 #: Guest physical address of a page whose address is not known.
 UNKNOWN_GPA = (1 << 64) - 1
 
 #: HELLO flag: QEMU takes shared memory.
 SHARED = 1
+#: HELLO flag: QEMU answers READ.
+READ = 2
 #: WELCOME flag: the verdict table comes along, as a file descriptor.
 TABLE = 1
 #: WELCOME flag: a ring comes along, as three file descriptors.
 RING = 2
 #: Fewest and most entries of a verdict table.
 TABLE_ENTRIES = (4, 1 << 26)
-#: Fewest and most slots of a ring.
-RING_SLOTS = (1, 1 << 10)
+#: Fewest and most slots of a ring; one is for READ and PAGE.
+RING_SLOTS = (2, 1 << 10)
 
 #: Request flag: a vCPU waits for the verdict.
 HOLD = 1
 #: Request flag: asked before, on a connection that was lost.
 RESENT = 2
+#: Request flag: the virtual neighbour before the page is mapped to RAM.
+BEFORE = 4
+#: Request flag: the virtual neighbour after the page is mapped to RAM.
+AFTER = 8
+
+#: Tag where there is none, and token of who has none.
+NO_TAG = bytes(TAG_SIZE)
+NO_TOKEN = bytes(TOKEN_SIZE)
 
 HEADER_SIZE = 16
 
 _HEADER = struct.Struct('<4sHHII')
-_HELLO = struct.Struct('<HHI16sQIIIIIIQ')
+_HELLO = struct.Struct('<HHI16sQIIIII12s32s')
 _WELCOME = struct.Struct('<HHI32s32sQIIQ')
-_REQUEST = struct.Struct('<QQQQQQQIBBH16s64s')
+_REQUEST = struct.Struct('<QQQQQQQIBBH16s64s16s16s')
 _VERDICT = struct.Struct('<QQ16sII88s')
 _REFUSED = struct.Struct('<II120s')
+_READ = struct.Struct('<QQQ')
+_PAGE = struct.Struct('<QQII')
+
+_FLAGS = HOLD | RESENT | BEFORE | AFTER
+_UNUSED = bytes(12)
 
 # One byte less than the field, so that a reader in C finds a NUL.
 _RULE_MAX = 87
@@ -95,12 +117,25 @@ class Result(enum.IntEnum):
 
 
 class Refusal(enum.IntEnum):
-    """Why the worker does not go on with a connection."""
+    """Why the worker does not go on with a connection.
+
+    RELOAD: the rules changed, QEMU is to connect again at once. TOKEN: the
+    peer is not the instance that it says it is.
+    """
 
     VERSION = 1
     PAGE_SIZE = 2
     OVERLOAD = 3
     PROTOCOL = 4
+    RELOAD = 5
+    TOKEN = 6
+
+
+class Status(enum.IntEnum):
+    """What came of a READ; ABSENT: there is no RAM."""
+
+    OK = 0
+    ABSENT = 1
 
 
 _Enum = typing.TypeVar('_Enum', bound=enum.IntEnum)
@@ -153,10 +188,10 @@ def _size_of(name: str, value: int, given: int, bounds: tuple[int, int]
 
 
 def page_tag(key: bytes, page: bytes | memoryview) -> bytes:
-    """Compute the keyed tag that names a page by its content.
+    """Compute the keyed tag that names a page or a junction by its content.
 
     :param key: the tag key of the connection's WELCOME, 32 bytes.
-    :param page: the bytes of the page.
+    :param page: the bytes of the page, or of the junction.
     :returns: the first 16 bytes of HMAC-SHA-256.
     """
     return hmac.digest(key, page, 'sha256')[:TAG_SIZE]
@@ -185,6 +220,17 @@ class Tagger:
         return outer.digest()[:TAG_SIZE]
 
 
+def window(page: bytes, before: bytes = b'', after: bytes = b'') -> bytes:
+    """Put the window of a request together.
+
+    :param page: 4096 bytes.
+    :param before: the last 512 bytes of the virtual page before, or nothing.
+    :param after: the first 512 bytes of the virtual page after, or nothing.
+    """
+    return (before.ljust(EDGE_SIZE, b'\0') + page
+            + after.ljust(EDGE_SIZE, b'\0'))
+
+
 class Hello(typing.NamedTuple):
     """QEMU names itself, the instance and its policy.
 
@@ -192,7 +238,9 @@ class Hello(typing.NamedTuple):
     :param page_size: bytes; the worker takes 4096 only.
     :param ram_size: bytes of guest RAM.
     :param deadline_ms: longest hold of one fetch, in ms.
-    :param flags: :data:`SHARED`.
+    :param flags: :data:`SHARED` and :data:`READ`.
+    :param token: secret of the instance, 32 bytes; :data:`NO_TOKEN` for
+        none. Never to be shown.
     """
 
     version_min: int
@@ -205,28 +253,30 @@ class Hello(typing.NamedTuple):
     on_timeout: OnTimeout
     deadline_ms: int
     flags: int = 0
+    token: bytes = NO_TOKEN
 
     def pack(self) -> bytes:
         """:returns: the frame, header included."""
         return _HEADS[Hello] + _HELLO.pack(
             self.version_min, self.version_max, self.page_size,
             self.instance.bytes, self.ram_size, self.policy, self.on_match,
-            self.on_timeout, self.deadline_ms, self.flags, 0, 0)
+            self.on_timeout, self.deadline_ms, self.flags, _UNUSED,
+            self.token)
 
     @classmethod
     def unpack(cls, data: memoryview) -> 'Hello':
         """:raises ProtocolError: on a value that is not allowed."""
         (low, high, page_size, instance, ram_size, policy, on_match,
-         on_timeout, deadline_ms, flags, low_zero, high_zero) = (
+         on_timeout, deadline_ms, flags, reserved, token) = (
              _HELLO.unpack(data))
-        _zero(low_zero | high_zero)
-        if flags > SHARED:
+        _zero(any(reserved))
+        if flags > SHARED | READ:
             raise ProtocolError('flags of HELLO out of range')
         if not 1 <= low <= high:
             raise ProtocolError(f'versions {low} to {high} are no range')
         return cls(low, high, page_size, uuid.UUID(bytes=instance), ram_size,
                    _choice(Policy, policy), _choice(OnMatch, on_match),
-                   _choice(OnTimeout, on_timeout), deadline_ms, flags)
+                   _choice(OnTimeout, on_timeout), deadline_ms, flags, token)
 
 
 class Welcome(typing.NamedTuple):
@@ -278,10 +328,13 @@ class Request(typing.NamedTuple):
     :param offset: of the page in its RAM block, in bytes.
     :param gpa: guest physical address, :data:`UNKNOWN_GPA` if not known.
     :param cpl: privilege level of the fetch, 0 to 3.
-    :param flags: :data:`HOLD` and :data:`RESENT`.
+    :param flags: :data:`HOLD`, :data:`RESENT`, :data:`BEFORE` and
+        :data:`AFTER`.
     :param block: name of the RAM block, at most 64 bytes, without NUL.
-    :param page: 4096 bytes. A decoder gives a view of its own buffer,
-        which holds them until more is received.
+    :param before_tag: tag of the junction before; :data:`NO_TAG` without one.
+    :param after_tag: tag of the junction after; :data:`NO_TAG` without one.
+    :param window: 5120 bytes, see :func:`window`. A decoder gives a view of
+        its own buffer, which holds them until more is received.
     """
 
     id: int
@@ -296,25 +349,47 @@ class Request(typing.NamedTuple):
     flags: int
     tag: bytes
     block: bytes
-    page: bytes | memoryview
+    before_tag: bytes
+    after_tag: bytes
+    window: bytes | memoryview
+
+    @property
+    def page(self) -> bytes | memoryview:
+        """The page alone, 4096 bytes."""
+        return self.window[EDGE_SIZE:EDGE_SIZE + PAGE_SIZE]
+
+    @property
+    def junction_before(self) -> bytes | memoryview:
+        """The junction with the virtual page before, 1024 bytes."""
+        return self.window[:JUNCTION_SIZE]
+
+    @property
+    def junction_after(self) -> bytes | memoryview:
+        """The junction with the virtual page after, 1024 bytes."""
+        return self.window[PAGE_SIZE:]
 
     def pack(self) -> bytes:
         """:returns: the frame, header included."""
         return b''.join((_HEADS[Request], _REQUEST.pack(
             self.id, self.generation, self.offset, self.gpa, self.gva,
             self.rip, self.cr3, self.vcpu, self.cpl, self.flags, 0, self.tag,
-            self.block), self.page))
+            self.block, self.before_tag, self.after_tag), self.window))
 
     @classmethod
     def unpack(cls, data: memoryview) -> 'Request':
         """:raises ProtocolError: on a value that is not allowed."""
         (number, generation, offset, gpa, gva, rip, cr3, vcpu, cpl, flags,
-         reserved, tag, block) = _REQUEST.unpack_from(data)
-        if reserved or cpl > 3 or flags > HOLD | RESENT or offset % PAGE_SIZE:
+         reserved, tag, block, before_tag, after_tag) = (
+             _REQUEST.unpack_from(data))
+        if reserved or cpl > 3 or flags > _FLAGS or offset % PAGE_SIZE:
             raise ProtocolError(
                 'reserved, cpl, flags or offset of a request out of range')
+        if ((before_tag != NO_TAG and not flags & BEFORE)
+                or (after_tag != NO_TAG and not flags & AFTER)):
+            raise ProtocolError('a tag of a junction that is not there')
         return cls(number, generation, offset, gpa, gva, rip, cr3, vcpu, cpl,
-                   flags, tag, _unpad(block), data[_REQUEST.size:])
+                   flags, tag, _unpad(block), before_tag, after_tag,
+                   data[_REQUEST.size:])
 
 
 class Verdict(typing.NamedTuple):
@@ -351,6 +426,17 @@ class Verdict(typing.NamedTuple):
         return cls(number, generation, tag, result, name)
 
 
+def clean(number: int, generation: int, tag: bytes) -> bytes:
+    """Pack what most verdicts are, in less time.
+
+    :param number: of the request.
+    :param generation: of the request.
+    :param tag: of the page, which is clean.
+    :returns: the frame, header included.
+    """
+    return _CLEAN_HEAD + _VERDICT.pack(number, generation, tag, 0, 0, b'')
+
+
 class Refused(typing.NamedTuple):
     """The worker ends the connection.
 
@@ -373,25 +459,78 @@ class Refused(typing.NamedTuple):
         return cls(_choice(Refusal, code), _ascii(reason))
 
 
-Frame: typing.TypeAlias = Hello | Welcome | Request | Verdict | Refused
+class Read(typing.NamedTuple):
+    """The worker asks for a page of guest RAM.
+
+    :param id: given back in the answer.
+    :param gpa: guest physical address, a multiple of 4096.
+    """
+
+    id: int
+    gpa: int
+
+    def pack(self) -> bytes:
+        """:returns: the frame, header included."""
+        return _HEADS[Read] + _READ.pack(self.id, self.gpa, 0)
+
+    @classmethod
+    def unpack(cls, data: memoryview) -> 'Read':
+        """:raises ProtocolError: on a value that is not allowed."""
+        number, gpa, reserved = _READ.unpack(data)
+        _zero(reserved)
+        if gpa % PAGE_SIZE:
+            raise ProtocolError('address of READ within a page')
+        return cls(number, gpa)
+
+
+class Page(typing.NamedTuple):
+    """The answer to one READ.
+
+    :param id: of the READ.
+    :param gpa: of the READ.
+    :param content: 4096 bytes; zeros unless the status is OK. A decoder
+        gives a view of its own buffer.
+    """
+
+    id: int
+    gpa: int
+    status: Status
+    content: bytes | memoryview
+
+    def pack(self) -> bytes:
+        """:returns: the frame, header included."""
+        return b''.join((_HEADS[Page], _PAGE.pack(
+            self.id, self.gpa, self.status, 0), self.content))
+
+    @classmethod
+    def unpack(cls, data: memoryview) -> 'Page':
+        """:raises ProtocolError: on a value that is not allowed."""
+        number, gpa, status, reserved = _PAGE.unpack_from(data)
+        _zero(reserved)
+        return cls(number, gpa, _choice(Status, status), data[_PAGE.size:])
+
+
+Frame: typing.TypeAlias = (
+    Hello | Welcome | Request | Verdict | Refused | Read | Page)
 
 _TYPES: dict[type[Frame], tuple[int, int]] = {
     Hello: (1, _HELLO.size),
     Welcome: (2, _WELCOME.size),
-    Request: (3, _REQUEST.size + PAGE_SIZE),
+    Request: (3, _REQUEST.size + WINDOW_SIZE),
     Verdict: (4, _VERDICT.size),
     Refused: (5, _REFUSED.size),
+    Read: (6, _READ.size),
+    Page: (7, _PAGE.size + PAGE_SIZE),
 }
 _HEADS = {kind: _HEADER.pack(MAGIC, VERSION, number, length, 0)
           for kind, (number, length) in _TYPES.items()}
+
+_CLEAN_HEAD = _HEADS[Verdict]
 
 #: Bytes of a REQUEST, header included.
 REQUEST_SIZE = HEADER_SIZE + _TYPES[Request][1]
 #: Bytes of a VERDICT, header included.
 VERDICT_SIZE = HEADER_SIZE + _TYPES[Verdict][1]
-
-_Whole = typing.TypeVar('_Whole', Request, Verdict)
-
 
 def _blame(header: bytes, accepts: collections.abc.Iterable[type[Frame]]
            ) -> str:
@@ -409,16 +548,18 @@ def _blame(header: bytes, accepts: collections.abc.Iterable[type[Frame]]
     return f'reserved header field is {reserved}'
 
 
-def whole(kind: type[_Whole], data: bytes) -> _Whole:
+def whole(data: bytes, *kinds: type[Frame]) -> Frame:
     """Decode a frame that is there as a whole, as out of a ring.
 
-    :param kind: of the frame.
-    :param data: as many bytes as such a frame has, header included.
+    :param data: at least as many bytes as the frame has, header included.
+    :param kinds: that it may be of, the likely one first.
     :raises ProtocolError: when it is malformed, or of another kind.
     """
-    if not data.startswith(_HEADS[kind]):
-        raise ProtocolError(_blame(data[:HEADER_SIZE], [kind]))
-    return kind.unpack(memoryview(data)[HEADER_SIZE:])
+    for kind in kinds:
+        if data.startswith(_HEADS[kind]):
+            return kind.unpack(memoryview(data)[
+                HEADER_SIZE:HEADER_SIZE + _TYPES[kind][1]])
+    raise ProtocolError(_blame(data[:HEADER_SIZE], kinds))
 
 
 class Decoder:

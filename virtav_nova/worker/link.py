@@ -4,6 +4,7 @@
 import abc
 import contextlib
 import socket
+import typing
 
 from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
@@ -18,7 +19,7 @@ class Link(abc.ABC):
     :param connection: to the peer, non-blocking; closed with the link.
     :ivar fd: of the connection.
     :ivar shared: a request can be seen before anything is received.
-    :ivar unsent: the rest of a verdict that the peer does not take yet.
+    :ivar unsent: the rest of what the peer does not take yet.
     """
 
     shared = False
@@ -44,22 +45,29 @@ class Link(abc.ABC):
         """:returns: whether to look for a request."""
 
     @abc.abstractmethod
-    def take(self) -> wire.Request | None:
-        """Take the next request.
+    def take(self) -> wire.Request | wire.Page | None:
+        """Take the next frame.
 
-        :returns: a request, good until the next one is received; None when
+        :returns: a frame, good until the next one is received; None when
             none is complete.
         :raises ProtocolError: when the peer sent what it may not.
         """
 
     @abc.abstractmethod
-    def send(self, data: bytes) -> None:
-        """Send a verdict.
+    def post(self, data: bytes) -> None:
+        """Put a frame on its way; :meth:`flush` has to follow.
 
-        :param data: the frame, or what is left of it. What cannot be sent
-            now is kept in ``unsent``.
-        :raises OSError: when the connection is broken.
+        :param data: the frame.
         :raises ProtocolError: when the peer does not let it be sent.
+        """
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Have the peer see what was posted.
+
+        What cannot be sent now is kept in ``unsent``, for the next time.
+
+        :raises OSError: when the connection is broken.
         """
 
     @abc.abstractmethod
@@ -71,18 +79,24 @@ class Link(abc.ABC):
         self._connection.close()
 
 
+def _kinds(reads: bool) -> tuple[type[wire.Frame], ...]:
+    return (wire.Request, wire.Page) if reads else (wire.Request,)
+
+
 class SocketLink(Link):
     """All frames go over the connection.
 
     :param connection: to the peer, non-blocking.
     :param max_in_flight: requests that may wait.
+    :param reads: answers to READ may come, one at a time.
     """
 
-    def __init__(self, connection: socket.socket, max_in_flight: int) -> None:
+    def __init__(self, connection: socket.socket, max_in_flight: int,
+                 reads: bool = False) -> None:
         super().__init__(connection)
-        self._max_in_flight = max_in_flight
+        self._most = max_in_flight + reads
         # Room for one request too many, so that it can be seen.
-        self._decoder = wire.Decoder([wire.Request], max_in_flight + 1)
+        self._decoder = wire.Decoder(_kinds(reads), self._most + 1)
 
     def receive(self) -> bool:
         """See :meth:`Link.receive`."""
@@ -91,7 +105,7 @@ class SocketLink(Link):
         if not count:
             raise EOFError
         decoder.filled(count)
-        if decoder.held // wire.REQUEST_SIZE > self._max_in_flight:
+        if decoder.held // wire.REQUEST_SIZE > self._most:
             raise wire.ProtocolError('more requests in flight than allowed')
         return True
 
@@ -99,19 +113,22 @@ class SocketLink(Link):
         """See :meth:`Link.waiting`."""
         return bool(self._decoder.held)
 
-    def take(self) -> wire.Request | None:
+    def take(self) -> wire.Request | wire.Page | None:
         """See :meth:`Link.take`."""
-        frame = self._decoder.frame()
         # The decoder accepts nothing else.
-        return frame if isinstance(frame, wire.Request) else None
+        return typing.cast(
+            wire.Request | wire.Page | None, self._decoder.frame())
 
-    def send(self, data: bytes) -> None:
-        """See :meth:`Link.send`."""
-        self.unsent = b''
-        try:
-            self.unsent = data[self._connection.send(data):]
-        except BlockingIOError:
-            self.unsent = data
+    def post(self, data: bytes) -> None:
+        """See :meth:`Link.post`."""
+        self.unsent += data
+
+    def flush(self) -> None:
+        """See :meth:`Link.flush`."""
+        if not self.unsent:
+            return
+        with contextlib.suppress(BlockingIOError):
+            self.unsent = self.unsent[self._connection.send(self.unsent):]
 
     def stop(self) -> None:
         """See :meth:`Link.stop`; nothing comes that is not received."""
@@ -124,15 +141,18 @@ class RingLink(Link):
     :param fd: of the memory; may be closed afterwards.
     :param slots: of the ring.
     :param max_in_flight: requests that may wait.
+    :param reads: answers to READ may come, one at a time.
     :raises OSError: when the memory cannot be mapped.
     """
 
     shared = True
 
     def __init__(self, connection: socket.socket, fd: int, slots: int,
-                 max_in_flight: int) -> None:
+                 max_in_flight: int, reads: bool = False) -> None:
         super().__init__(connection)
-        end = ring.WorkerEnd(fd, slots, max_in_flight)
+        self._kinds = _kinds(reads)
+        self._posted = False
+        end = ring.WorkerEnd(fd, slots, max_in_flight + reads)
         self._requests = end.requests
         self._verdicts = end.verdicts
 
@@ -151,16 +171,28 @@ class RingLink(Link):
         """See :meth:`Link.waiting`."""
         return self._requests.waiting()
 
-    def take(self) -> wire.Request | None:
+    def take(self) -> wire.Request | wire.Page | None:
         """See :meth:`Link.take`."""
         data = self._requests.take()
-        return None if data is None else wire.whole(wire.Request, data)
+        if data is None:
+            return None
+        return typing.cast(wire.Request | wire.Page,
+                           wire.whole(data, *self._kinds))
 
-    def send(self, data: bytes) -> None:
-        """See :meth:`Link.send`."""
+    def post(self, data: bytes) -> None:
+        """See :meth:`Link.post`; a peer that looks sees it at once."""
         self._verdicts.put(data)
-        # When it is full there is a doorbell on its way.
-        with contextlib.suppress(BlockingIOError):
+        self._posted = True
+
+    def flush(self) -> None:
+        """See :meth:`Link.flush`."""
+        if not self._posted:
+            return
+        self._posted = False
+        # When it is full there is a doorbell on its way. That a peer is gone
+        # is seen by receiving.
+        with contextlib.suppress(BlockingIOError, BrokenPipeError,
+                                 ConnectionResetError):
             self._connection.send(ring.DOORBELL, socket.MSG_DONTWAIT)
 
     def stop(self) -> None:

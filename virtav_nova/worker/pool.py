@@ -1,143 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan processes and what they tell of their sessions."""
+"""The rule sets: the one in force, the one before it, and the one to come.
 
+Each has a loader and scan processes of its own. A new one is loaded while the
+old one serves, and comes into force once it can serve. The sessions of the
+old one are then moved, a few a second: their guests have all pages looked at
+anew, and not all are to do so at once.
+"""
+
+import collections.abc
 import errno
-import functools
-import itertools
 import logging
 import os
 import resource
 import selectors
-import signal
 import socket
 import time
+import typing
 
 from oslo_config import cfg
 
+from virtav_nova import exception
 from virtav_nova import text
 from virtav_nova.alerts import journal
 from virtav_nova.alerts import record
-from virtav_nova.engines import base
+from virtav_nova.i18n import _
 from virtav_nova.monitor import ring
 from virtav_nova.monitor import wire
-from virtav_nova.worker import board
-from virtav_nova.worker import control
+from virtav_nova.worker import generation
 from virtav_nova.worker import limit
+from virtav_nova.worker import listener
 from virtav_nova.worker import process
-from virtav_nova.worker import table
+from virtav_nova.worker import ruleset
 
 LOG = logging.getLogger(__name__)
 
-#: Pages remembered that a scan process hung in or died of.
-_SKIP_MAX = 1024
-#: Pause in seconds before a process is started that could not be before.
+#: Seconds before a rule set whose loader was lost is loaded again.
 _PAUSE = 1.0
-#: Grace in seconds for an engine that ends an over-long scan by itself.
-_GRACE = 0.05
-#: Longest time in seconds between two looks for scans that take too long.
-_LOOK = 0.25
-#: Seconds from a scan process closing its socket to its exit status.
-_LAST_WORDS = 0.5
-#: Deaths that tell on the page: the process did it to itself.
-_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL,
-            signal.SIGFPE)
-#: Messages taken from a scan process before others get their turn.
-_MESSAGES_MAX = 64
 #: Open files of a scan process beside those of its sessions, at most.
 _FILES = 64
 #: Open files that a ring takes of a scan process.
 _RING_FILES = 1
+_REASON_MAX = 4096
 
 
-class StartError(Exception):
-    """No scan process can be brought up."""
+class LoadError(exception.ConfigurationError):
+    """The first rule set cannot be loaded."""
 
 
-class OverloadError(Exception):
-    """No scan process takes a session."""
+class Loading(typing.NamedTuple):
+    """What came of the last attempt to load rules.
 
-
-class Pool:
-    """As many scan processes as are wanted, replaced as they are lost.
-
-    :param options: the group ``virtav_worker``.
-    :param engine: with the compiled rules.
-    :param digest: of the rule set.
-    :param key: tag key.
-    :param epoch: of the rule set.
-    :param alerts: the journal.
-    :param selector: of the main loop; calls what is registered with it.
-    :ivar table_fd: of the verdict table, to be read only; None for no table.
+    :param time: ISO 8601.
+    :param why: it was made.
+    :param digest: of the rules as hex, None when they could not be read.
+    :param state: ``loading``, ``loaded``, ``unchanged`` or ``failed``.
+    :param error: why it failed, else empty.
     """
 
-    def __init__(self, options: cfg.ConfigOpts.GroupAttr, engine: base.Engine,
-                 digest: bytes, key: bytes, epoch: int,
+    time: str
+    why: str
+    digest: str | None
+    state: str
+    error: str = ''
+
+
+class Pool(generation.Owner):
+    """All generations.
+
+    :param options: the group ``virtav_worker``.
+    :param alerts: the journal.
+    :param selector: of the main loop; calls what is registered with it.
+    :ivar current: the generation in force; None until one can serve.
+    :ivar old: the one before, as long as it has sessions.
+    :ivar coming: the one that is being loaded.
+    :ivar quarantine: rules that were found guilty.
+    :ivar loading: what came of the last attempt to load rules.
+    """
+
+    def __init__(self, options: cfg.ConfigOpts.GroupAttr,
                  alerts: journal.Journal, selector: selectors.BaseSelector
                  ) -> None:
-        self._digest = digest
+        self.selector = selector
+        self.logs = generation.Logs()
+        self.current: generation.Generation | None = None
+        self.old: generation.Generation | None = None
+        self.coming: generation.Generation | None = None
+        self.quarantine = ruleset.Quarantine(options.state_dir)
+        self.loading: Loading | None = None
+        self._options = options
         self._journal = alerts
-        self._selector = selector
-        table_fd, self.table_fd = _table(options.table_entries, epoch)
-        self._setup = process.Setup(
-            engine, key, options.scan_timeout_ms, options.max_in_flight,
-            options.busy_poll_us, table_fd)
+        self._epoch = 0
         self._ring_slots = options.ring_slots if ring.SUPPORTED else 0
         self._rings_max = (_rings_max(options.max_sessions)
                            if self._ring_slots else 0)
-        self._scan_limit = options.scan_timeout_ms / 1000 + _GRACE
-        #: How many there are to be.
-        self._wanted = options.processes or len(os.sched_getaffinity(0))
-        self._processes: list[process.ScanProcess] = []
-        self._spawn_from = 0.0
-        self._skip: dict[bytes, None] = {}
-        self._lost = 0
-        #: Some process has loaded its rules.
-        self.ready = False
+        #: Why to load the rules, once there is room for another set.
+        self._wanted: str | None = None
+        self._load_from = 0.0
+        self._next_move = 0.0
         self._draining = False
-        self._matches = limit.LogLimit(LOG, 20, 10)
-        self._abuse = limit.LogLimit(LOG, 10, 60)
-        self._faults = limit.LogLimit(LOG, 10, 60)
-        self._losses = limit.LogLimit(LOG, 20, 60)
+        #: Some rule set was in force.
+        self._served = False
+        self._hits: dict[ruleset.Name, int] = {}
         self._ringless = limit.LogLimit(LOG, 1, 60)
 
-    def __len__(self) -> int:
-        return len(self._processes)
+    @property
+    def generations(self) -> collections.abc.Iterator[
+            generation.Generation]:
+        """All that there are."""
+        for one in (self.old, self.current, self.coming):
+            if one is not None:
+                yield one
+
+    @property
+    def ended(self) -> bool:
+        """There is no process left."""
+        return not any(True for _one in self.generations)
+
+    @property
+    def serving(self) -> bool:
+        """A rule set is in force."""
+        return self.current is not None
+
+    @property
+    def waits(self) -> bool:
+        """Rules are to be loaded once there is room for another set."""
+        return self._wanted is not None
 
     @property
     def sessions(self) -> int:
         """Number of sessions being served."""
-        return sum(len(scanning.sessions) for scanning in self._processes)
+        return sum(1 for one in self.generations for _each in one.sessions)
 
-    def open(self, number: int, hello: wire.Hello, connection: socket.socket
-             ) -> tuple[int, int | None]:
+    def load(self, why: str) -> None:
+        """Load the rules anew; for the first time, or while others serve.
+
+        :param why: for people.
+        :raises ConfigurationError: the first time, when they cannot be read.
+        """
+        if self._draining:
+            return
+        if self.coming is not None:
+            LOG.info('Rules: what is being loaded is dropped, %s', why)
+            self._drop_coming()
+        # Two sets take twice the memory, so there are never three.
+        if self.old is not None:
+            LOG.info('Rules: %s; they are loaded once the last session has '
+                     'left the set before', why)
+            self._wanted = why
+            return
+        self._wanted = None
+        self._load(why)
+
+    def _load(self, why: str) -> None:
+        try:
+            rules = ruleset.read(self._options)
+        except exception.ConfigurationError as error:
+            if not self._served:
+                raise
+            self._give_up(why, None, str(error))
+            return
+        if self.current is not None and self.current.digest == rules.digest:
+            LOG.info('Rules: %s; digest %s is in force already, nothing is '
+                     'done', why, rules.digest.hex())
+            self._note(why, rules.digest, 'unchanged')
+            return
+        LOG.info('Rules: %s; loading digest %s', why, rules.digest.hex())
+        self._epoch += 1
+        try:
+            self.coming = generation.Generation(
+                self._epoch, rules, self._options, self)
+        except OSError as error:
+            reason = _('no loader can be started: %s') % error.strerror
+            if not self._served:
+                raise LoadError(reason, _('see that the host has processes, '
+                                          'files and memory left')) from error
+            self._give_up(why, rules.digest, reason)
+            return
+        self._note(why, rules.digest, 'loading')
+
+    def _give_up(self, why: str, digest: bytes | None, error: str) -> None:
+        self._note(why, digest, 'failed', error)
+        if self.current is None:
+            # Nothing is served, so there is nothing to lose by another try.
+            self._wanted = why
+            self._load_from = time.monotonic() + _PAUSE
+
+    def _note(self, why: str, digest: bytes | None, state: str,
+              error: str = '') -> None:
+        if error:
+            error = text.printable(error, _REASON_MAX)
+            LOG.error('Rules: %s: %s',
+                      'no set is in force' if self.current is None
+                      else 'the set in force stays', error)
+        self.loading = Loading(
+            record.now(), why, digest.hex() if digest else None, state, error)
+
+    def open(self, number: int, hello: wire.Hello,
+             connection: socket.socket, project: str | None = None
+             ) -> tuple[generation.Opened, int | None]:
         """Have a session served.
 
         :param number: that the session is known by from now on.
+        :param hello: without its token.
         :param connection: that HELLO came from; stays open here.
-        :returns: process id of the scan process; and a file descriptor of
-            the ring for its frames, to be closed by the caller, or None.
+        :param project: of the instance, None when it is not known.
+        :returns: what to tell the peer; and a file descriptor of the ring
+            for its frames, to be closed by the caller, or None.
         :raises OverloadError: when no process takes it.
         """
-        # One that is still loading its rules is soon done; a session stays
-        # where it is for long.
-        scanning = min(
-            self._processes, default=None,
-            key=lambda one: (len(one.sessions), not one.ready))
-        if scanning is None:
-            raise OverloadError('no scan process is running')
+        if self.current is None:
+            raise generation.OverloadError('no rules are loaded')
+        client = process.Client(
+            number, hello, listener.credentials(connection), project,
+            time.monotonic(), False)
         ring_fd = None
         if hello.flags & wire.SHARED and self._ring_slots:
-            ring_fd = self._ring(len(scanning.sessions))
+            ring_fd = self._ring(self.current.load(client))
         try:
-            scanning.hand_over(
-                number, hello, connection, ring_fd,
-                0 if ring_fd is None else self._ring_slots)
-        except OSError as error:
+            return self.current.open(
+                client._replace(ring=ring_fd is not None), connection,
+                ring_fd, 0 if ring_fd is None else self._ring_slots), ring_fd
+        except generation.OverloadError:
             if ring_fd is not None:
                 os.close(ring_fd)
-            raise OverloadError('the scan process is stuck') from error
-        self._journal.append(record.session('opened', hello, self._digest))
-        return scanning.pid, ring_fd
+            raise
 
     def _ring(self, sessions: int) -> int | None:
         """Make a ring, if that can be.
@@ -160,23 +246,50 @@ class Pool:
         :returns: on the monotonic clock in seconds; None while nothing is
             to be done.
         """
-        times = []
-        if not self._draining and len(self._processes) < self._wanted:
-            times.append(self._spawn_from)
-        if self.sessions:
-            times.append(time.monotonic() + min(self._scan_limit / 8, _LOOK))
+        times = [moment for one in self.generations
+                 if (moment := one.due()) is not None]
+        if self.old is not None and not self._draining:
+            times.append(self._next_move)
+        if self._wanted is not None and self.old is None:
+            times.append(self._load_from)
         return min(times, default=None)
 
     def keep(self) -> None:
-        """Replace what hangs or is dead.
+        """Do what is due.
 
-        :raises StartError: when none was ever ready.
+        :raises ConfigurationError: when the first rule set does not load.
         """
-        for scanning in list(self._processes):
-            scan = scanning.overdue(self._scan_limit)
-            if scan:
-                self._bury(scanning, scan, patience=0)
-        self._fill()
+        for one in list(self.generations):
+            one.keep()
+        self._forget_ended()
+        now = time.monotonic()
+        if self.old is not None and not self._draining:
+            self._move(now)
+        if (self._wanted is not None and self.old is None
+                and now >= self._load_from and not self._draining):
+            self.load(self._wanted)
+
+    def _move(self, now: float) -> None:
+        old = typing.cast(generation.Generation, self.old)
+        if not any(True for _each in old.sessions):
+            old.retire()
+            self._forget_ended()
+            return
+        if now < self._next_move:
+            return
+        old.move()
+        self._next_move = max(
+            self._next_move, now - 1) + 1 / self._options.reload_rate
+
+    def _forget_ended(self) -> None:
+        if self.old is not None and self.old.ended:
+            LOG.info('Rules: nobody is left under digest %s',
+                     self.old.digest.hex())
+            self.old = None
+        if self.current is not None and self.current.ended:
+            self.current = None
+        if self.coming is not None and self.coming.ended:
+            self.coming = None
 
     def drain(self, seconds: float) -> None:
         """Let the processes answer what came, and end.
@@ -184,161 +297,131 @@ class Pool:
         :param seconds: that they have for it.
         """
         self._draining = True
-        for scanning in self._processes:
-            scanning.tell('drain', seconds=seconds)
+        if self.coming is not None:
+            self._drop_coming()
+        for one in list(self.generations):
+            one.drain(seconds)
+        self._forget_ended()
 
     def kill(self) -> None:
         """End the processes at once, for good."""
         self._draining = True
-        for scanning in list(self._processes):
-            self._bury(scanning, patience=0)
+        for one in list(self.generations):
+            one.kill()
+        self._forget_ended()
 
-    def _fill(self) -> None:
-        """Start the processes that are missing, unless it is too soon."""
-        if self._draining or time.monotonic() < self._spawn_from:
-            return
-        while len(self._processes) < self._wanted:
-            try:
-                scanning = process.ScanProcess(self._setup, self._skip)
-            except OSError as error:
-                LOG.error('Cannot start a scan process: %s', error.strerror)
-                self._spawn_from = time.monotonic() + _PAUSE
-                return
-            self._processes.append(scanning)
-            self._selector.register(
-                scanning.control, selectors.EVENT_READ,
-                functools.partial(self._attend, scanning))
+    def _drop_coming(self) -> None:
+        coming = typing.cast(generation.Generation, self.coming)
+        self.coming = None
+        coming.kill()
 
-    def _attend(self, scanning: process.ScanProcess) -> None:
-        if not self._hear(scanning, _MESSAGES_MAX):
-            self._bury(scanning)
-
-    def _hear(self, scanning: process.ScanProcess, most: int | None = None
-              ) -> bool:
-        """Take the messages of a scan process.
-
-        :param most: take no more than that.
-        :returns: False when there will be no more.
-        """
-        try:
-            for message in itertools.islice(scanning.messages(), most):
-                self._take(scanning, message)
-        except EOFError:
-            return False
-        except (AttributeError, KeyError, TypeError):
-            LOG.exception('Scan process %s sent nonsense', scanning.pid)
-            return False
-        return True
-
-    def _take(self, scanning: process.ScanProcess, message: control.Message
-              ) -> None:
-        kind = message['type']
-        if kind == 'ready':
-            scanning.ready = True
-            self.ready = True
-            return
-        # A scan process speaks only for sessions that it was given.
-        number = message['session']
-        hello = scanning.sessions[number]
-        if kind == 'match':
-            found = message['record']
-            self._journal.append(record.match(hello, self._digest, found))
-            self._matches.warning(
-                'Instance %s: rule %s matched, block %s, offset %s, CPL %s',
-                hello.instance, *(
-                    text.printable(str(found.get(name)), 128)
-                    for name in ('rule', 'block', 'offset', 'cpl')))
-        elif kind == 'fault':
-            self._faults.warning(
-                'Instance %s: a scan failed: %s', hello.instance,
-                text.printable(str(message['reason']), 256))
-        elif kind == 'closed':
-            del scanning.sessions[number]
-            self._closed(number, hello, str(message['reason']),
-                         message['counts'])
-
-    def _closed(self, number: int, hello: wire.Hello, reason: str,
-                counts: record.Record | None) -> None:
-        entry = record.session('closed', hello, self._digest, reason, counts)
+    def write(self, entry: record.Record) -> None:
+        """See :meth:`generation.Owner.write`."""
         self._journal.append(entry)
-        say = (self._abuse.warning if reason.startswith('protocol')
-               else LOG.info)
-        say('Session %s of instance %s closed: %s (%s)', number,
-            hello.instance, entry['reason'], ', '.join(
-                f'{name} {entry[name]}' for name in record.COUNTS))
 
-    def _bury(self, scanning: process.ScanProcess,
-              overdue: board.Scan | None = None,
-              patience: float = _LAST_WORDS) -> None:
-        """Be done with a scan process that is dead, or has to be.
-
-        :param overdue: the scan that it is killed for.
-        :param patience: seconds it is given to end by itself.
-        :raises StartError: when none was ever ready.
-        """
-        status, scan = scanning.end(patience)
-        self._hear(scanning)  # What it had to say before.
-        self._selector.unregister(scanning.control)
-        scanning.control.close()
-        self._processes.remove(scanning)
-        for number, hello in scanning.sessions.items():
-            self._closed(number, hello, 'scan process died', None)
-        if self._draining and status == 0:
+    def ready(self, of: generation.Generation) -> None:
+        """See :meth:`generation.Owner.ready`."""
+        if of is not self.coming:
             return
-        how = (f'killed, a scan took more than {self._scan_limit:g} s'
-               if overdue else f'died, exit status {status}'
-               if status >= 0 else f'died, {signal.strsignal(-status)}')
-        self._lost += 1
-        self._losses.warning(
-            'Scan process %s %s; %s sessions closed; %s lost so far',
-            scanning.pid, how, len(scanning.sessions), self._lost)
-        if self._draining:
-            return
-        if not self.ready:
-            raise StartError(how)
-        # When it was not the page's fault the page gets another try.
-        if scan and (-status in _CRASHES if overdue is None
-                     else scan.started == overdue.started):
-            self._pass_over(scan, scanning.sessions.get(scan.session))
-        if not scanning.ready:
-            self._spawn_from = time.monotonic() + _PAUSE
-        # At once: the instances are about to connect again.
-        self._fill()
+        self.coming = None
+        self.old, self.current = self.current, of
+        self._served = True
+        self._next_move = time.monotonic()
+        loading = typing.cast(Loading, self.loading)
+        self.loading = loading._replace(time=record.now(), state='loaded')
+        LOG.info('Rules: digest %s is in force, epoch %s',
+                 of.digest.hex(), of.epoch)
 
-    def _pass_over(self, scan: board.Scan, hello: wire.Hello | None) -> None:
-        """Have a page answered as unknown from now on.
+    def failed(self, of: generation.Generation, reason: str,
+               way_out: str) -> None:
+        """See :meth:`generation.Owner.failed`.
 
-        QEMU asks for it again as soon as it is connected again, and without
-        this the next process would go the same way.
+        :raises LoadError: for the first rule set.
         """
-        self._skip[scan.tag] = None
-        if len(self._skip) > _SKIP_MAX:
-            del self._skip[next(iter(self._skip))]
-        for other in self._processes:
-            other.tell('skip', tag=scan.tag.hex())
-        self._losses.warning(
-            'Page %s of instance %s is answered as unknown from now on',
-            scan.tag.hex(), hello and hello.instance)
+        if of is not self.coming:
+            return
+        self.coming = None
+        if not self._served:
+            raise LoadError(reason, way_out)
+        loading = typing.cast(Loading, self.loading)
+        self._give_up(loading.why, of.digest, reason)
+
+    def broken(self, of: generation.Generation) -> None:
+        """See :meth:`generation.Owner.broken`."""
+        if of is self.current:
+            self.current = None
+            if self.coming is None:
+                self._wanted = _('its loader was lost')
+                self._load_from = time.monotonic() + _PAUSE
+
+    def blamed(self, of: generation.Generation, name: ruleset.Name
+               ) -> None:
+        """See :meth:`generation.Owner.blamed`."""
+        hits = self._hits[name] = self._hits.get(name, 0) + 1
+        shown = text.printable(f'{name[0]}: {name[1]}', 256)
+        LOG.warning('Rule %s cost a scan process, %s times so far', shown,
+                    hits)
+        if hits < self._options.blame_after:
+            return
+        del self._hits[name]
+        if self.quarantine.add(name, _(
+                'cost %d scan processes') % self._options.blame_after):
+            self.load(_('rule %s is in quarantine') % shown)
 
 
-def _table(entries: int, epoch: int) -> tuple[int | None, int | None]:
-    """Make the verdict table.
+class _Attempt(generation.Owner):
+    """Loads a rule set to see whether it can serve."""
 
-    :param entries: 0 for no table.
-    :returns: a file descriptor to write it and one to read it only; None
-        and None when there is no table.
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.logs = generation.Logs()
+        self.done = False
+
+    def write(self, entry: record.Record) -> None:
+        """See :meth:`generation.Owner.write`; there is nothing to write."""
+
+    def ready(self, of: generation.Generation) -> None:
+        """See :meth:`generation.Owner.ready`."""
+        self.done = True
+
+    def failed(self, of: generation.Generation, reason: str, way_out: str
+               ) -> None:
+        """See :meth:`generation.Owner.failed`.
+
+        :raises LoadError: always.
+        """
+        raise LoadError(reason, way_out)
+
+    def broken(self, of: generation.Generation) -> None:
+        """See :meth:`generation.Owner.broken`; it served, that is enough."""
+
+    def blamed(self, of: generation.Generation, name: ruleset.Name) -> None:
+        """See :meth:`generation.Owner.blamed`; nothing is scanned."""
+
+
+def attempt(options: cfg.ConfigOpts.GroupAttr, rules: ruleset.Ruleset
+            ) -> dict[str, typing.Any]:
+    """Load a rule set as for serving, and end.
+
+    :param options: the group ``virtav_worker``.
+    :param rules: the rule set.
+    :returns: what the engine says of itself.
+    :raises LoadError: when it does not load.
     """
-    if not entries:
-        return None, None
-    writable = None
+    owner = _Attempt()
+    one = generation.Generation(1, rules, options, owner)
     try:
-        writable = table.create(entries, epoch)
-        return writable, table.reader(writable)
-    except OSError as error:
-        if writable is not None:
-            os.close(writable)
-        LOG.error('There is no verdict table: %s', error.strerror)
-        return None, None
+        while not owner.done:
+            one.keep()
+            due = one.due()
+            for key, _events in owner.selector.select(
+                    None if due is None
+                    else max(due - time.monotonic(), 0)):
+                key.data()
+        return one.description
+    finally:
+        one.kill()
+        owner.selector.close()
 
 
 def _rings_max(sessions: int) -> int:

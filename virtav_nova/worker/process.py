@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main process's side of a scan process."""
+"""The main process's side of a loader, and of a scan process."""
 
 import collections.abc
 import contextlib
-import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import typing
+import uuid
 
-from virtav_nova.engines import base
 from virtav_nova.monitor import wire
 from virtav_nova.worker import board
 from virtav_nova.worker import control
+from virtav_nova.worker import listener
 
 #: Signals that only the main process acts on. A terminal and systemd send
 #: them to all processes of the worker.
@@ -23,97 +25,38 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Least time in ns between the two looks at a scan that takes too long.
 _CONFIRM_NS = 50_000_000
 
-_SEALS = (fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW
-          | fcntl.F_SEAL_SHRINK)
 
+class Client(typing.NamedTuple):
+    """A session, as the main process knows it.
 
-class Setup:
-    """What every scan process is started with.
-
-    :param engine: whose compiled rules they get, in sealed memory.
-    :param key: tag key.
-    :param scan_timeout_ms: limit of one scan.
-    :param max_in_flight: requests of one session that may wait.
-    :param busy_poll_us: how long to look for the next request before sleep.
-    :param table_fd: of the verdict table, writable; None for no table.
+    :param number: that it is known by.
+    :param hello: without its token.
+    :param peer: who is at the other end.
+    :param project: of the instance, None when it is not known.
+    :param opened: on the monotonic clock, in seconds.
+    :param ring: whether it has one.
     """
 
-    def __init__(self, engine: base.Engine, key: bytes, scan_timeout_ms: int,
-                 max_in_flight: int, busy_poll_us: int,
-                 table_fd: int | None) -> None:
-        kind = type(engine)
-        self._start = {
-            'engine': f'{kind.__module__}:{kind.__qualname__}',
-            'key': key.hex(),
-            'scan_timeout_ms': scan_timeout_ms,
-            'max_in_flight': max_in_flight,
-            'busy_poll_us': busy_poll_us,
-        }
-        self.table_fd = table_fd
-        self.rules_fd = os.memfd_create(
-            'virtav-rules', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(os.dup(self.rules_fd), 'wb') as rules:
-            rules.write(engine.image())
-        fcntl.fcntl(self.rules_fd, fcntl.F_ADD_SEALS, _SEALS)
-
-    def message(self, skip: collections.abc.Iterable[bytes]) -> bytes:
-        """:returns: the first message to a process."""
-        return control.pack(
-            'start', **self._start, skip=[tag.hex() for tag in skip])
-
-
-class ScanProcess:
-    """A running scan process.
-
-    :param setup: what it is started with.
-    :param skip: tags of pages that it is not to scan.
-    :raises OSError: when it cannot be started.
-    """
-
-    def __init__(self, setup: Setup,
-                 skip: collections.abc.Iterable[bytes]) -> None:
-        #: The sessions that it serves, by number.
-        self.sessions: dict[int, wire.Hello] = {}
-        #: It has loaded its rules.
-        self.ready = False
-        #: When the scan started that was found to take too long.
-        self._suspected = 0
-        self._confirm_from = 0
-        board_fd = board.Board.create()
-        try:
-            self._board = board.Board(board_fd)
-            self.control, theirs = control.pair()
-            with theirs:
-                self.control.send(setup.message(skip))
-                self._process = _spawn(
-                    theirs.fileno(), board_fd, setup.rules_fd,
-                    setup.table_fd)
-        finally:
-            os.close(board_fd)
+    number: int
+    hello: wire.Hello
+    peer: listener.Credentials
+    project: str | None
+    opened: float
+    ring: bool
 
     @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
+    def instance(self) -> uuid.UUID:
+        """UUID of the instance."""
+        return self.hello.instance
 
-    def hand_over(self, number: int, hello: wire.Hello,
-                  connection: socket.socket, ring_fd: int | None,
-                  slots: int) -> None:
-        """Let it serve a session.
 
-        :param number: that the session is known by.
-        :param connection: that HELLO came from; stays open here.
-        :param ring_fd: memory for its frames, stays open here; None when
-            they go over the connection.
-        :param slots: of the ring, 0 without one.
-        :raises OSError: when it takes no session.
-        """
-        fds = [connection.fileno()]
-        if ring_fd is not None:
-            fds.append(ring_fd)
-        socket.send_fds(self.control, [control.pack(
-            'session', session=number, slots=slots)], fds)
-        self.sessions[number] = hello
+class _End:
+    """A process at the other end of a control socket.
+
+    :ivar channel: the socket, non-blocking.
+    """
+
+    channel: socket.socket
 
     def tell(self, kind: str, **content: object) -> None:
         """Send a message, as far as the process takes any.
@@ -121,21 +64,157 @@ class ScanProcess:
         One that does not is dead or hangs, and will be replaced.
         """
         with contextlib.suppress(OSError):
-            self.control.send(control.pack(kind, **content))
+            self.channel.send(control.pack(kind, **content))
 
-    def messages(self) -> collections.abc.Iterator[control.Message]:
+    def messages(self) -> collections.abc.Iterator[
+            tuple[control.Message, list[int]]]:
         """Take the messages that have come.
 
+        :returns: each with its file descriptors.
         :raises EOFError: when it is dead, or sends what it should not.
         """
         while True:
             try:
-                data = self.control.recv(control.MESSAGE_MAX)
+                yield control.receive(self.channel)
             except BlockingIOError:
                 return
-            except OSError as error:
-                raise EOFError from error
-            yield control.unpack(data)
+
+    def speaks(self, patience: float) -> bool:
+        """Wait for a message, or for the other end to be closed.
+
+        :param patience: in seconds.
+        """
+        return patience >= 0 and _readable(self.channel.fileno(), patience)
+
+
+class Loader(_End):
+    """A running loader.
+
+    :param rules_fd: see :func:`virtav_nova.worker.loader.pack`; stays open.
+    :param boards_fd: of the boards; stays open.
+    :raises OSError: when it cannot be started.
+    """
+
+    def __init__(self, rules_fd: int, boards_fd: int) -> None:
+        self.channel, theirs = control.pair()
+        # The loader waits for what it is told, and for its words to be
+        # taken.
+        theirs.setblocking(True)
+        fds = [theirs.fileno(), rules_fd, boards_fd]
+        # The mask is inherited, so these signals never reach it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with theirs:
+                # -P: the working directory is nothing to load code from.
+                self._process = subprocess.Popen(
+                    [sys.executable, '-P', '-m', 'virtav_nova.worker.loader',
+                     *map(str, fds), str(os.getpid())],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    pass_fds=fds)
+        except BaseException:
+            self.channel.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def fork(self, slot: int, end: socket.socket) -> None:
+        """Have it fork a scan process.
+
+        :param slot: of the boards.
+        :param end: for the scan process; stays open here.
+        :raises OSError: when the loader takes no message.
+        """
+        socket.send_fds(self.channel, [control.pack('fork', slot=slot)],
+                        [end.fileno()])
+
+    def end(self) -> int:
+        """End it, and with it all scan processes that are left.
+
+        :returns: exit status, or the signal that ended it as a negative
+            number.
+        """
+        self.channel.close()
+        self._process.kill()
+        return self._process.wait()
+
+
+def _readable(fd: int, patience: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(patience * 1000))
+
+
+class ScanProcess(_End):
+    """A scan process, from the moment that it is asked for.
+
+    :param loader: to fork it.
+    :param slot: its part of the boards.
+    :raises OSError: when it cannot be asked for.
+    """
+
+    def __init__(self, loader: Loader, slot: board.Board) -> None:
+        #: The sessions that it serves, by number.
+        self.sessions: dict[int, Client] = {}
+        #: Numbers of those that were told to connect anew.
+        self.moving: set[int] = set()
+        #: When those were last over their budget, on the monotonic clock.
+        self.spent: dict[int, float] = {}
+        self.board = slot
+        #: Process id; 0 as long as it is not known.
+        self.pid = 0
+        #: It serves.
+        self.ready = False
+        #: When it is killed if it has not ended by itself.
+        self.leaving: float | None = None
+        #: The scan that it was killed for.
+        self.killed_for: board.Scan | None = None
+        self._pidfd: int | None = None
+        self._killed = False
+        #: When the scan started that was found to take too long.
+        self._suspected = 0
+        self._confirm_from = 0
+        self.channel, theirs = control.pair()
+        with theirs:
+            try:
+                loader.fork(slot.number, theirs)
+            except OSError:
+                self.channel.close()
+                raise
+
+    @property
+    def slot(self) -> int:
+        """Number of its board."""
+        return self.board.number
+
+    def forked(self, pid: int, pidfd: int) -> None:
+        """Note that it exists.
+
+        :param pidfd: closed by :meth:`close`.
+        """
+        self.pid, self._pidfd = pid, pidfd
+        if self._killed:
+            self.kill()
+
+    def hand_over(self, client: Client, connection: socket.socket,
+                  fds: collections.abc.Sequence[int], **content: object
+                  ) -> None:
+        """Let it serve a session.
+
+        :param client: the session.
+        :param connection: that HELLO came from; stays open here.
+        :param fds: of the memory that goes with it; stay open here.
+        :param content: the rest of the message.
+        :raises OSError: when it takes no session.
+        """
+        socket.send_fds(self.channel, [control.pack(
+            'session', session=client.number, instance=str(client.instance),
+            **content)], [connection.fileno(), *fds])
+        self.sessions[client.number] = client
 
     def overdue(self, limit: float) -> board.Scan | None:
         """Tell whether a scan takes too long.
@@ -147,7 +226,7 @@ class ScanProcess:
         :param limit: of one scan, in seconds.
         :returns: that scan.
         """
-        scan = self._board.scan()
+        scan = self.board.scan()
         now = time.monotonic_ns()
         if scan is None or now - scan.started < limit * 1e9:
             return None
@@ -157,32 +236,23 @@ class ScanProcess:
             return None
         return scan if now >= self._confirm_from else None
 
-    def end(self, patience: float) -> tuple[int, board.Scan | None]:
-        """See it gone. What it sent before can still be taken.
+    def kill(self) -> None:
+        """Kill it, at once or as soon as it exists."""
+        self._killed = True
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-        :param patience: seconds to wait before it is killed.
-        :returns: exit status, or the signal that ended it as a negative
-            number; and the scan that it was at.
+    def gone(self, patience: float) -> bool:
+        """Wait for its end.
+
+        :param patience: in seconds.
         """
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        self._process.kill()
-        return self._process.wait(), self._board.scan()
+        return self._pidfd is None or _readable(self._pidfd, patience)
 
-
-def _spawn(control_fd: int, board_fd: int, rules_fd: int,
-           table_fd: int | None) -> subprocess.Popen[bytes]:
-    fds = [control_fd, board_fd, rules_fd]
-    if table_fd is not None:
-        fds.append(table_fd)
-    # The mask is inherited, so these signals never reach the new process.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        # -P: the working directory is nothing to load code from.
-        return subprocess.Popen(
-            [sys.executable, '-P', '-m', 'virtav_nova.worker.scan',
-             str(control_fd), str(board_fd), str(rules_fd),
-             str(-1 if table_fd is None else table_fd), str(os.getpid())],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=fds)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def close(self) -> None:
+        """Be done with it."""
+        self.channel.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None

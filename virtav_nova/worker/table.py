@@ -88,24 +88,35 @@ class VerdictTable:
 
         :param tag: computed from the bytes that were scanned.
         """
-        start, entries = self._set(tag)
-        if tag in entries:
+        start = self._set(tag)
+        if self._find(tag, start) >= 0:
             return
-        way = (entries.index(_EMPTY) if _EMPTY in entries
-               else tag[4] % _WAYS)
-        start += way * wire.TAG_SIZE
-        self._memory[start:start + wire.TAG_SIZE] = tag
+        at = self._find(_EMPTY, start)
+        if at < 0:
+            at = start + tag[4] % _WAYS * wire.TAG_SIZE
+        self._memory[at:at + wire.TAG_SIZE] = tag
 
     def contains(self, tag: bytes) -> bool:
         """Look a page up as QEMU does, but for the epoch.
 
         :param tag: of the page.
         """
-        return tag != _EMPTY and tag in self._set(tag)[1]
+        return tag != _EMPTY and self._find(tag, self._set(tag)) >= 0
 
-    def _set(self, tag: bytes) -> tuple[int, list[bytes]]:
-        """:returns: where the set of a tag begins, and its entries."""
+    def _set(self, tag: bytes) -> int:
+        """:returns: where the set of a tag begins."""
         number = int.from_bytes(tag[:4], 'little') & self._mask
-        start = _HEADER_SIZE + number * _SET_SIZE
-        line = self._memory[start:start + _SET_SIZE]
-        return start, [line[0:16], line[16:32], line[32:48], line[48:64]]
+        return _HEADER_SIZE + number * _SET_SIZE
+
+    def _find(self, entry: bytes, start: int) -> int:
+        """Find an entry in a set.
+
+        :param start: of the set.
+        :returns: where it is; -1 if it is not there.
+        """
+        end = start + _SET_SIZE
+        at = self._memory.find(entry, start, end)
+        while at >= 0 and at % wire.TAG_SIZE:
+            # Parts of two others, by chance.
+            at = self._memory.find(entry, at + 1, end)
+        return at

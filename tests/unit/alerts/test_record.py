@@ -19,7 +19,8 @@ def request(**changes):
     return wire.Request(
         id=1, generation=2, offset=0x3000, gpa=0x3000, gva=0xffffffff81000000,
         rip=0xffffffff81000010, cr3=0x1000, vcpu=1, cpl=0, flags=wire.HOLD,
-        tag=bytes(16), block=b'pc.ram', page=PAGE)._replace(**changes)
+        tag=bytes(16), block=b'pc.ram', before_tag=wire.NO_TAG,
+        after_tag=wire.NO_TAG, window=wire.window(PAGE))._replace(**changes)
 
 
 def match(**changes):
@@ -27,20 +28,28 @@ def match(**changes):
                       [('$a', 100)])._replace(**changes)
 
 
+def finding(found, **changes):
+    return record.Finding(
+        'page', found, 0xffffffff81000000, PAGE)._replace(**changes)
+
+
 class RecordTest(unittest.TestCase):
 
     def _details(self, found, **changes):
-        one, = record.details(request(**changes), [found])
+        one, = record.details(request(**changes), [finding(found)])
         return one
 
     def test_match(self):
         known = self._details(match())
-        entry = record.match(HELLO, b'\xd1' * 32, known)
+        entry = record.match(HELLO, b'\xd1' * 32, known | {'repeats': 2})
         self.assertRegex(entry.pop('time'),
                          r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00$')
         self.assertEqual({
             'type': 'match', 'instance': str(HELLO.instance), 'rule': 'R',
-            'rule_author': 'A', 'tags': ['t'], 'meta': {'author': 'A'},
+            'rule_author': 'A', 'rule_licence': None,
+            'rule_reference': None, 'severity': None, 'mitre': [],
+            'tags': ['t'], 'meta': {'author': 'A'}, 'form': 'page',
+            'start': 0xffffffff81000000, 'pages': [], 'repeats': 2,
             'namespace': 'a.yar',
             'strings': [{'identifier': '$a', 'offset': 100}],
             'rules_matched': 1, 'block': 'pc.ram', 'offset': 0x3000,
@@ -49,6 +58,25 @@ class RecordTest(unittest.TestCase):
             'tag': '00' * 16, 'bytes': PAGE[36:36 + 256].hex(),
             'held': True, 'resent': False, 'digest': 'd1' * 32,
             'policy': 'report', 'on_match': 'alert'}, entry)
+
+    def test_what_a_rule_says_of_itself(self):
+        known = self._details(match(meta={
+            'Author': 'A', 'license': 'MIT', 'url': 'https://example.org',
+            'severity': 'Critical', 'attack': 'T1059.003'}))
+        self.assertEqual(
+            ('A', 'MIT', 'https://example.org', 'critical', ['T1059.003']),
+            tuple(known[name] for name in (
+                'rule_author', 'rule_licence', 'rule_reference', 'severity',
+                'mitre')))
+
+    def test_junction(self):
+        data = b'x' * 512 + PAGE[:512]
+        found = match(strings=[('$a', 500)])
+        known, = record.details(request(), [finding(
+            found, form='junction', start=0xffffffff80fffe00, data=data)])
+        self.assertEqual(
+            ('junction', 0xffffffff80fffe00, data[436:692].hex()),
+            (known['form'], known['start'], known['bytes']))
 
     def test_unknown_address(self):
         self.assertIsNone(
@@ -72,7 +100,7 @@ class RecordTest(unittest.TestCase):
         self.assertEqual(r'R\n{}', known['rule'])
         self.assertEqual(r'a\x1b.yar', known['namespace'])
         self.assertEqual([r'\u202e'], known['tags'])
-        self.assertEqual(r'A\r\n', known['rule_author'])
+        self.assertEqual('A', known['rule_author'])
         self.assertEqual({'author': r'A\r\n', 'n': str(-1 << 70), 'ok': True,
                           r'k\n': 7}, known['meta'])
         self.assertEqual(r'pc\n\xff\x00ram', known['block'])
@@ -83,7 +111,10 @@ class RecordTest(unittest.TestCase):
             rule=huge, namespace=huge, tags=[huge] * 1000,
             meta={f'{number}{huge}': huge for number in range(1000)},
             strings=[(huge, 1)] * 1000)
-        all_known = list(record.details(request(), [found] * 100))
+        pages = [{'gva': 1 << 63, 'gpa': 1 << 63,
+                  'strings': ['$' + 'x' * 30]}] * 1000
+        all_known = list(record.details(
+            request(), [finding(found, pages=pages)] * 100))
         self.assertEqual(record.MATCHES_MAX, len(all_known))
         for known in all_known:
             self.assertEqual(100, known['rules_matched'])

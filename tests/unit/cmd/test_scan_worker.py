@@ -29,7 +29,7 @@ class CheckTest(base.TestCase):
         status, stdout, stderr = self._run(
             f'rules_dir = {base.SELFTEST_RULES}')
         self.assertEqual((0, ''), (status, stderr))
-        self.assertRegex(stdout, r'^engine: yara [\d.]+\nrules: 1\n'
+        self.assertRegex(stdout, r'^engine: twostage .*\nrules: 1\n'
                                  r'digest: [0-9a-f]{64}\n$')
 
     def test_missing_directory(self):
@@ -58,8 +58,8 @@ class CheckTest(base.TestCase):
             f'the files in rule directory {self.top}/rules hold no rule')
 
     def test_unknown_engine(self):
-        self._assert_fails('no scan engine is called clamav',
-                           'engine = clamav')
+        self._assert_fails('no scan engine is called av',
+                           'engine = av')
 
     def test_bad_values(self):
         self.write('rules/good.yar', 'rule G { condition: true }')

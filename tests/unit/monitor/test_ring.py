@@ -33,8 +33,8 @@ class RingTest(unittest.TestCase):
     def test_golden(self):
         # Written down from the layout's tables, as the offsets below.
         for slots, size, verdicts in (
-                (1, 12288, 8448), (2, 16384, 12800), (64, 299008, 282624),
-                (1024, 4722688, 4460544)):
+                (2, 16384, 14848), (4, 28672, 25600), (64, 364544, 348160),
+                (1024, 5771264, 5509120)):
             with self.subTest(slots):
                 self.make(slots)
                 self.assertEqual(size, len(self.memory))
@@ -43,7 +43,7 @@ class RingTest(unittest.TestCase):
                 self.assertEqual(golden, self.memory[:])
                 self.monitor.requests.put(REQUEST)
                 golden[64] = 1
-                golden[4096:4096 + 4256] = REQUEST
+                golden[4096:4096 + 5312] = REQUEST
                 self.assertEqual(golden, self.memory[:])
                 self.assertEqual(REQUEST, self.worker.requests.take())
                 golden[128] = 1
@@ -65,8 +65,8 @@ class RingTest(unittest.TestCase):
                 test_wire.REQUEST._replace(id=number).pack())
             self.assertEqual(
                 number, wire.whole(
-                    wire.Request, self.worker.requests.take()).id)
-            start = 4096 + number % 4 * 4352
+                    self.worker.requests.take(), wire.Request).id)
+            start = 4096 + number % 4 * 5376
             self.assertEqual(number, self.memory[start + 16])
 
     def test_indices_wrap(self):
@@ -130,7 +130,7 @@ class RingTest(unittest.TestCase):
         self.make(4)
         self.monitor.requests.put(REQUEST)
         frame = self.worker.requests.take()
-        self.memory[4096:4096 + 4256] = bytes(4256)
+        self.memory[4096:4096 + 5312] = bytes(5312)
         self.assertEqual(REQUEST, frame)
 
     def test_nothing_comes_after_stop(self):

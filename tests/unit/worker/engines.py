@@ -3,9 +3,10 @@
 
 import os
 import signal
-import sys
+import socket
 import time
 
+from virtav_nova import exception
 from virtav_nova.engines import base
 
 
@@ -13,29 +14,25 @@ class ObedientEngine(base.Engine):
     """Does what the page says.
 
     ``match NUMBER`` gives that many matches, ``raise`` raises, ``sleep N``
-    takes so many seconds, ``segfault`` ends the process, ``send REST`` sends
-    the rest to the main process, as code that took the process over could do.
+    takes so many seconds, ``segfault N`` ends the process in part N of the
+    rules, ``send REST`` sends the rest to the main process, as code that took
+    the process over could do. ``part`` matches a rule that is named like the
+    last part that was suspected.
     """
 
     name = 'obedient'
     version = '1'
+    suspected = None
 
     @classmethod
-    def compile(cls, files, scan_timeout_ms):
+    def compile(cls, files, options):
         return cls()
-
-    @classmethod
-    def restore(cls, image, scan_timeout_ms):
-        return cls()
-
-    def image(self):
-        return b''
 
     def describe(self):
         return {'rules': 1}
 
-    def scan(self, page):
-        verb, _, rest = bytes(page).rstrip(b'\0').partition(b' ')
+    def scan(self, data):
+        verb, _, rest = bytes(data).rstrip(b'\0').partition(b' ')
         if verb == b'match':
             return [base.Match('R%d' % number, 'r.yar', [], {}, [])
                     for number in range(int(rest))]
@@ -44,15 +41,74 @@ class ObedientEngine(base.Engine):
         if verb == b'sleep':
             time.sleep(float(rest))
         if verb == b'segfault':
-            os.kill(os.getpid(), signal.SIGSEGV)
+            if rest:
+                self.progress(int(rest))
+            signal.raise_signal(signal.SIGSEGV)
+        if verb == b'kill':
+            signal.raise_signal(signal.SIGKILL)
         if verb == b'send':
-            os.write(int(sys.argv[1]), rest)
+            end = _main()
+            end.send(rest)
+            end.detach()
+        if verb == b'part':
+            return [base.Match('%s' % self.suspected, 'r.yar', [], {}, [])]
         return []
+
+    def suspect(self, part):
+        self.suspected = part
+
+    def rule_name(self, part):
+        return 'r.yar', 'R%d' % (part & ~base.RULE)
+
+
+def _main():
+    """The socket to the main process."""
+    for fd in range(3, 1 << 14):
+        try:
+            end = socket.socket(fileno=fd)
+        except OSError:
+            continue
+        if end.type == socket.SOCK_SEQPACKET:
+            return end
+        end.detach()
+    raise AssertionError('no socket')
 
 
 class BrokenEngine(ObedientEngine):
-    """Can be compiled but not restored."""
+    """Cannot be compiled, for a reason that it does not tell."""
 
     @classmethod
-    def restore(cls, image, scan_timeout_ms):
-        raise SystemExit(3)
+    def compile(cls, files, options):
+        os._exit(3)
+
+
+class UnruledEngine(ObedientEngine):
+    """Has no rules."""
+
+    def describe(self):
+        return {'rules': 0}
+
+
+class RefusingEngine(ObedientEngine):
+    """Refuses its rules."""
+
+    @classmethod
+    def compile(cls, files, options):
+        raise exception.RuleError('a.yar:3: wrong', 'mend it')
+
+
+class SlowEngine(ObedientEngine):
+    """Takes a minute to be compiled."""
+
+    @classmethod
+    def compile(cls, files, options):
+        time.sleep(60)
+
+
+class HungryEngine(ObedientEngine):
+    """Takes a GiB."""
+
+    @classmethod
+    def compile(cls, files, options):
+        cls.memory = b'x' * (1 << 30)
+        return cls()

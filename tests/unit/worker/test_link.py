@@ -38,7 +38,8 @@ class RingLinkTest(unittest.TestCase):
                 self.link.receive()
 
     def test_closed_with_doorbells_unheard(self):
-        self.link.send(test_wire.VERDICT.pack())
+        self.link.post(test_wire.VERDICT.pack())
+        self.link.flush()
         self.peer.close()
         with self.assertRaises(EOFError):
             self.link.receive()
@@ -49,15 +50,20 @@ class RingLinkTest(unittest.TestCase):
         self.end.requests.put(test_wire.REQUEST.pack())
         self.assertTrue(self.link.waiting())
         request = self.link.take()
-        self.memory[4096:8192] = bytes(4096)
+        self.memory[4096:10000] = bytes(5904)
         self.assertEqual(test_wire.REQUEST, request)
-        self.link.send(test_wire.VERDICT.pack())
+        for _ in range(2):
+            self.link.post(test_wire.VERDICT.pack())
+            # Whoever looks need not wait for the doorbell.
+            self.assertEqual(test_wire.VERDICT.pack(),
+                             self.end.verdicts.take())
+        self.link.flush()
         self.assertEqual(b'\0', self.peer.recv(99))
-        self.assertEqual(test_wire.VERDICT.pack(), self.end.verdicts.take())
 
     def test_doorbell_that_does_not_fit(self):
         for _ in range(10000):
-            self.link.send(test_wire.VERDICT.pack())
+            self.link.post(test_wire.VERDICT.pack())
+            self.link.flush()
             self.end.verdicts.take()
         with self.assertRaises(BlockingIOError):
             self.peer.setblocking(False)
@@ -77,3 +83,78 @@ class RingLinkTest(unittest.TestCase):
         self.assertIsNotNone(self.link.take())
         self.assertFalse(self.link.waiting())
         self.assertIsNone(self.link.take())
+
+    def test_page_only_where_it_may_come(self):
+        self.end.requests.put(test_wire.ANSWER.pack())
+        with self.assertRaisesRegex(wire.ProtocolError, 'type 7'):
+            self.link.take()
+
+    def test_page(self):
+        fd = ring.create(4)
+        self.addCleanup(os.close, fd)
+        peer, ours = socket.socketpair()
+        self.addCleanup(peer.close)
+        reading = link.RingLink(ours, fd, 4, 64, reads=True)
+        self.addCleanup(reading.close)
+        end = ring.MonitorEnd(fd, 4)
+        end.requests.put(test_wire.ANSWER.pack())
+        end.requests.put(test_wire.REQUEST.pack())
+        self.assertEqual(test_wire.ANSWER, reading.take())
+        self.assertEqual(test_wire.REQUEST, reading.take())
+
+
+class SocketLinkTest(unittest.TestCase):
+
+    def make(self, most=2, reads=False):
+        self.peer, ours = socket.socketpair()
+        self.addCleanup(self.peer.close)
+        ours.setblocking(False)
+        self.link = link.SocketLink(ours, most, reads)
+        self.addCleanup(self.link.close)
+
+    def test_frames(self):
+        self.make(reads=True)
+        for frame in (test_wire.REQUEST, test_wire.ANSWER):
+            self.peer.sendall(frame.pack())
+            self.link.receive()
+            self.assertEqual(frame, self.link.take())
+        self.assertFalse(self.link.waiting())
+
+    def test_page_only_where_it_may_come(self):
+        self.make()
+        self.peer.sendall(test_wire.ANSWER.pack())
+        self.link.receive()
+        with self.assertRaisesRegex(wire.ProtocolError, 'type 7'):
+            self.link.take()
+
+    def test_more_than_may_wait(self):
+        self.make(most=2)
+        self.peer.sendall(test_wire.REQUEST.pack() * 3)
+        with self.assertRaisesRegex(wire.ProtocolError, 'in flight'):
+            while True:
+                self.link.receive()
+
+    def test_what_is_posted_goes_out_at_once(self):
+        self.make()
+        for _ in range(3):
+            self.link.post(test_wire.VERDICT.pack())
+        self.peer.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            self.peer.recv(1)
+        self.link.flush()
+        self.assertEqual(test_wire.VERDICT.pack() * 3, self.peer.recv(9999))
+        self.assertFalse(self.link.unsent)
+        self.link.flush()
+
+    def test_what_is_not_taken_waits(self):
+        self.make()
+        sent = 0
+        while not self.link.unsent:
+            self.link.post(test_wire.VERDICT.pack())
+            self.link.flush()
+            sent += 1
+        received = b''
+        while len(received) < sent * len(test_wire.VERDICT.pack()):
+            received += self.peer.recv(99999)
+            self.link.flush()
+        self.assertEqual(test_wire.VERDICT.pack() * sent, received)

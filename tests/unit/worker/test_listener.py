@@ -5,8 +5,12 @@ import grp
 import os
 import socket
 import stat
+import subprocess
+import sys
+import unittest
 
 from tests.unit import base
+from tests.unit.worker import places
 from virtav_nova import exception
 from virtav_nova.worker import listener
 
@@ -117,3 +121,78 @@ class ListenerTest(base.TestCase):
         self._listen()
         first.close()
         self._connect()
+
+    def test_other_option(self):
+        with self.assertRaises(exception.SocketError) as caught:
+            listener.Listener('/' + 'x' * 107, None, 0o660,
+                              option='status_socket')
+        self.assertIn('[virtav_worker] status_socket',
+                      caught.exception.way_out)
+
+    @unittest.skipIf(os.geteuid(), 'only root gives a socket away')
+    def test_owner(self):
+        listener.Listener(self.path, None, 0o660, (12345, 12346)).close()
+        opened = listener.Listener(self.path, 'tty', 0o660, (12345, 12346))
+        self.addCleanup(opened.close)
+        status = os.stat(self.path)
+        self.assertEqual((12345, grp.getgrnam('tty').gr_gid, 0o660), (
+            status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)))
+
+    def _denied(self, mode):
+        """Try it as another user, who is told what to do."""
+        os.chmod(self.top, mode)
+        code = f'''
+import os
+from virtav_nova import exception
+from virtav_nova.worker import listener
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresuid(65534, 65534, 65534)
+try:
+    listener.Listener({self.path!r}, None, 0o660)
+except exception.SocketError as error:
+    print(error, error.way_out, sep='|')
+'''
+        ended = subprocess.run(
+            places.opened([sys.executable, '-c', code], self.top)
+            if os.geteuid() == 0 else [sys.executable, '-c', code],
+            cwd=base.ROOT, text=True, capture_output=True)
+        self.assertEqual('', ended.stderr)
+        return ended.stdout.strip().split('|')
+
+    def test_directory_of_another_owner(self):
+        message, way_out = self._denied(0o555)
+        self.assertEqual(f'socket {self.path}: Permission denied', message)
+        self.assertRegex(way_out, f'^{self.top} belongs to .* and has mode '
+                                  '0555: give it to user ')
+
+    def test_denied_by_a_security_module(self):
+        # As AppArmor does it: permissions say yes, the kernel says EACCES.
+        # Landlock can be had without being root.
+        code = f'''
+import ctypes, sys
+from virtav_nova import exception
+from virtav_nova.worker import listener
+call = ctypes.CDLL(None).syscall
+make_sock = ctypes.c_uint64(1 << 9)
+rules = call(444, ctypes.byref(make_sock), 8, 0)
+if rules < 0:
+    sys.exit(77)
+ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+if call(446, rules, 0):
+    sys.exit(77)
+try:
+    listener.Listener({self.path!r}, None, 0o660)
+except exception.SocketError as error:
+    print(error, error.way_out, sep='|')
+'''
+        ended = subprocess.run(
+            [sys.executable, '-c', code], cwd=base.ROOT, text=True,
+            capture_output=True)
+        if ended.returncode == 77:
+            self.skipTest('this kernel has no Landlock')
+        self.assertEqual(
+            f'socket {self.path}: Permission denied|AppArmor or SELinux '
+            'keeps the worker from it, see the log of the kernel: allow it '
+            'there, or change [virtav_worker] socket\n', ended.stdout,
+            ended.stderr)

@@ -3,6 +3,7 @@
 
 import array
 import os
+import pathlib
 import random
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import uuid
 from tests.unit.worker import base
 from virtav_nova.monitor import wire
 
+NIGHTLY = os.environ.get('VIRTAV_NIGHTLY') == '1'
 INSTANCE = uuid.UUID('11111111-2222-3333-4444-555555555555')
 
 
@@ -57,9 +59,9 @@ class HandshakeTest(base.TestCase):
                 ('page size', base.hello(page_size=65536).pack(), 2),
                 ('magic', b'GET / HTTP/1.1\r\n', 4),
                 ('header version', hello[:4] + b'\2' + hello[5:], 4),
-                ('length', hello[:8] + b'\x41' + hello[9:], 4),
+                ('length', hello[:8] + b'\x61' + hello[9:], 4),
                 ('huge length', hello[:8] + b'\xff' * 4 + hello[12:], 4),
-                ('reserved', hello[:-1] + b'\1', 4),
+                ('reserved', hello[:68] + b'\1' + hello[69:], 4),
                 ('policy', hello[:48] + b'\2' + hello[49:], 4),
                 ('REQUEST first', request, 4),
                 ('WELCOME', wire.Welcome(
@@ -79,7 +81,7 @@ class HandshakeTest(base.TestCase):
         begin = time.monotonic()
         silent = [self.connect() for _ in range(200)]
         half = self.connect()
-        half.socket.sendall(base.hello().pack()[:79])
+        half.socket.sendall(base.hello().pack()[:111])
         self.assert_serves(self.session())
         self.assertLess(time.monotonic() - begin, 2)
         for monitor in (*silent[-5:], half):
@@ -92,7 +94,8 @@ class HandshakeTest(base.TestCase):
         self.start()
         for _ in range(20):
             monitor = self.connect()
-            monitor.socket.sendall(base.hello().pack()[:random.randrange(80)])
+            monitor.socket.sendall(
+                base.hello().pack()[:random.randrange(112)])
             monitor.close()
         self.assert_serves(self.session())
 
@@ -113,8 +116,27 @@ class HandshakeTest(base.TestCase):
             self.session()
         sessions = [line.rpartition('scan process ')[2]
                     for line in self.log().splitlines() if 'opened by' in line]
-        self.assertEqual(sorted(map(str, self.scan_processes() * 2)),
-                         sorted(sessions))
+        self.assertEqual(['0 of epoch 1', '0 of epoch 1', '1 of epoch 1',
+                          '1 of epoch 1'], sorted(sessions))
+
+    def test_sessions_of_an_instance_stay_together(self):
+        self.start(processes=2)
+        for _ in range(3):
+            self.session(instance=INSTANCE)
+            self.session()
+        slots = {line.rpartition('scan process ')[2]
+                 for line in self.log().splitlines()
+                 if f'instance {INSTANCE} opened by' in line}
+        self.assertEqual(1, len(slots))
+
+    def test_sessions_of_an_instance_are_bounded(self):
+        self.start()
+        for _ in range(8):
+            self.session(instance=INSTANCE)
+        more = self.connect()
+        more.socket.sendall(base.hello(instance=INSTANCE).pack())
+        self.assert_closed(more, wire.Refusal.OVERLOAD)
+        self.assert_serves(self.session())
 
 
 class VerdictTest(base.TestCase):
@@ -150,6 +172,9 @@ class VerdictTest(base.TestCase):
         self.assertEqual({
             'type': 'match', 'instance': str(INSTANCE),
             'rule': 'VirtAV_SelfTest', 'rule_author': 'VirtAV contributors',
+            'rule_licence': 'Apache-2.0', 'rule_reference': None,
+            'severity': 'info', 'mitre': [], 'form': 'page',
+            'start': 0xffffffff81000000, 'pages': [], 'repeats': 0,
             'tags': ['selftest'], 'namespace': 'selftest.yar',
             'strings': [{'identifier': '$signature', 'offset': 0}],
             'rules_matched': 1, 'block': 'pc.ram', 'offset': 0x5000,
@@ -267,11 +292,13 @@ class HostileTest(base.TestCase):
                 ('reserved in request', (16 + 62, b'\1')),
                 ('tag', (16 + 64, b'some other tag!!')),
                 ('name', (16 + 80, b'a\0b')),
-                ('page', (16 + 144 + 4095, b'\1'))):
+                ('page', (16 + 176 + 512 + 4095, b'\1'))):
             with self.subTest(name):
                 monitor = self.session()
                 self.assert_serves(monitor)
-                data = bytearray(monitor.request(base.CLEAN).pack())
+                # A page that is not known: its tag has to fit.
+                data = bytearray(monitor.request(
+                    name.encode().ljust(4096, b'\0')).pack())
                 offset, value = change
                 data[offset:offset + len(value)] = value
                 monitor.socket.sendall(data)
@@ -312,7 +339,7 @@ class HostileTest(base.TestCase):
 
     def test_cut_off_in_the_middle(self):
         self.start()
-        for end in (1, 15, 16, 17, 160, 4255):
+        for end in (1, 15, 16, 17, 192, 5311):
             monitor = self.session()
             monitor.socket.sendall(monitor.request(base.CLEAN).pack()[:end])
             monitor.close()
@@ -396,7 +423,7 @@ class HostileTest(base.TestCase):
 
     def test_nothing_is_left_of_those_who_come_and_go(self):
         self.start(processes=2)
-        pids = (self.process.pid, *self.scan_processes())
+        pids = (self.process.pid, *self.loaders(), *self.scan_processes())
 
         def files():
             return sum(len(os.listdir(f'/proc/{pid}/fd')) for pid in pids)
@@ -407,12 +434,27 @@ class HostileTest(base.TestCase):
             monitor.close()
         self.records(2, event='closed')
         before = files()
-        for number in range(300):
-            monitor = self.connect()
+        count = 10000 if NIGHTLY else 300
+        memory = self.memory(pids)
+        for number in range(count):
+            monitor = base.Monitor(socket.socket(socket.AF_UNIX))
+            monitor.socket.connect(self.path)
             if number % 3:
                 monitor.hello()
             if number % 3 > 1:
                 monitor.ask(base.CLEAN)
             monitor.close()
-        self.records(202, event='closed')
         base.wait_for(lambda: files() <= before, f'{before} files again')
+        if NIGHTLY:
+            self.assertLess(self.memory(pids), memory + 4096)
+        else:
+            self.records(202, event='closed')
+
+    @staticmethod
+    def memory(pids):
+        """Memory that processes take, in KiB."""
+        return sum(
+            int(line.split()[1]) for pid in pids
+            for line in pathlib.Path(
+                f'/proc/{pid}/smaps_rollup').read_text().splitlines()
+            if line.startswith('Pss:'))
