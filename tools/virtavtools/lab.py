@@ -25,6 +25,9 @@ from virtavtools import errors
 
 RULES = virtavtools.ROOT / 'etc' / 'virtav' / 'rules'
 _APPEND = 'console=ttyS0 quiet loglevel=3'
+_OBJECT = 'virtav-token0'
+#: Below the directory of a worker's socket: who may connect to it.
+_INSTANCES = 'instances'
 
 
 @contextlib.contextmanager
@@ -66,6 +69,9 @@ class _Running:
 class Worker(_Running):
     """A scan worker, ``virtav-scan-worker``, with a directory of its own.
 
+    Started by root it stays root, without capabilities: where all this is
+    installed may be for root only.
+
     :param home: directory for its socket, configuration, log and journal
     :param rules: directory of its rules
     :param options: more options of the group ``virtav_worker``
@@ -79,11 +85,15 @@ class Worker(_Running):
         self.process = None
         settings = {'socket': self.socket, 'state_dir': home / 'state',
                     'journal_path': self.journal, 'rules_dir': rules,
+                    'status_socket': home / 'status.sock',
+                    'instances_dir': home / _INSTANCES,
+                    **({'user': 'root'} if os.geteuid() == 0 else {}),
                     **options}
         self._config = home / 'worker.conf'
         self._config.write_text('[virtav_worker]\n' + ''.join(
             '%s = %s\n' % pair for pair in settings.items()))
-        (home / 'state').mkdir(exist_ok=True)
+        for name in ('state', _INSTANCES):
+            (home / name).mkdir(mode=0o750, exist_ok=True)
 
     def start(self, timeout=30):
         """Start it and wait until it listens.
@@ -159,6 +169,72 @@ class Worker(_Running):
             time.sleep(0.02)
 
 
+def _registered(properties):
+    """Register an instance with its worker.
+
+    :param properties: of its monitor; gets what the emulator needs for it
+    :returns: more arguments of the emulator
+    """
+    directory = pathlib.Path(properties['socket']).parent / _INSTANCES
+    if 'token-secret' in properties or not directory.is_dir():
+        return []
+    # It needs what only the environment has.
+    from virtav_nova.monitor import instance
+    path = instance.place(
+        directory, uuid.UUID(str(properties['instance'])), 'lab')
+    properties['token-secret'] = _OBJECT
+    return ['-object', 'secret,id=%s,format=base64,file=%s' % (_OBJECT, path)]
+
+
+class Recorder(_Running):
+    """``virtav-scan-worker record``, which takes a worker's place.
+
+    :param home: directory for its socket, its log and the recording
+    """
+
+    def __init__(self, home):
+        self.socket = home / 'recorder.sock'
+        self.path = home / 'boot.rec'
+        self.log = home / 'recorder.log'
+        self.process = None
+
+    def start(self, timeout=30):
+        """Start it and wait until it listens.
+
+        :param timeout: in seconds
+        :raises errors.ToolError: it ended or does not listen
+        """
+        command = pathlib.Path(sys.executable).with_name('virtav-scan-worker')
+        with open(self.log, 'wb') as log:
+            self.process = subprocess.Popen(
+                [command, 'record', '--socket', self.socket, self.path],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + timeout
+        while not self.socket.exists():
+            if self.process.poll() is not None or (time.monotonic() >
+                                                   deadline):
+                raise errors.ToolError('the recorder does not start:\n%s' %
+                                       self.log.read_text(errors='replace'))
+            time.sleep(0.02)
+
+    def finish(self, timeout=30):
+        """Wait for its end, which is that of the session.
+
+        :param timeout: in seconds
+        :returns: path of the recording
+        :raises errors.ToolError: there is none
+        """
+        if self.process.wait(timeout):
+            raise errors.ToolError('nothing was recorded:\n%s' %
+                                   self.log.read_text(errors='replace'))
+        return self.path
+
+    def stop(self):
+        """Have it end."""
+        if self.process:
+            _end(self.process)
+
+
 class Machine(_Running):
     """A guest of ``tools/build-guest`` under an emulator.
 
@@ -166,7 +242,8 @@ class Machine(_Running):
     :param guest: directory that ``tools/build-guest`` printed
     :param home: directory for its QMP socket
     :param monitor: properties of the page-fetch monitor, as a mapping, or
-        None for no monitor; ``id`` and ``instance`` have defaults
+        None for no monitor; ``id`` and ``instance`` have defaults, and the
+        token is given to a :class:`Worker` at ``socket``
     :param accel: the accelerator with its options
     :param smp: number of vCPUs
     :param run: cases to run at boot, after which the guest powers off
@@ -196,6 +273,7 @@ class Machine(_Running):
             properties = {'id': 'virtav0', 'instance': self.instance,
                           **monitor}
             self.instance = properties['instance']
+            self.arguments += _registered(properties)
             self.arguments += ['-object', 'page-fetch-monitor,' + ','.join(
                 '%s=%s' % pair for pair in properties.items())]
         self.arguments += extra

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -339,7 +340,9 @@ def _show_all(args, show):
     show.heading('VirtAV quickstart')
     show.rows([('guest', 'Linux %s, 512 MiB, one vCPU, TCG'
                 % manifest['kernel']),
-               ('worker', 'virtav-scan-worker with etc/virtav/rules')])
+               ('worker', 'virtav-scan-worker with etc/virtav/rules'),
+               *([('', 'as root, without capabilities: others may not '
+                  'reach it')] if os.geteuid() == 0 else [])])
     _warm(stock, emulator, *guest.iterdir())
     runs = []
     with (lab.directory() as home, _kept(home, args.keep),

@@ -158,9 +158,17 @@ def run_functional():
     """Tests with guests that run under the patched QEMU."""
     packages.install('binutils', 'gcc', 'libc6-dev',
                      why='to build what the tests run without a kernel')
+    packages.install('libfaketime', why='to have the clock jump')
+    # The tests run a clamd of their own.
+    packages.install('clamav-daemon', why='to try the engine clamav')
     return stestr('tests/functional', '--serial',
                   VIRTAV_QEMU=str(parts.emulator()),
                   VIRTAV_GUEST=str(parts.guest()))
+
+
+def run_fuzz():
+    """What strangers send: 30 s for each target, 10 minutes at night."""
+    return stestr('tests/fuzz')
 
 
 def run_docs():
@@ -225,6 +233,7 @@ SUITES = {
     'pep8': run_pep8,
     'unit': run_unit,
     'functional': run_functional,
+    'fuzz': run_fuzz,
     'docs': run_docs,
     'build': run_build,
 }
