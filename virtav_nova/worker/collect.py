@@ -67,8 +67,8 @@ class Collected(scan.Collector):
         if searches is None:
             searches = self._searches[session] = deep.Searches(
                 self._scanner.engine, self._accumulator, session.number,
-                session.reads, self._settings, self._counts,
-                self._scanner.settings.max_in_flight)
+                session.reads and session.reason is None, self._settings,
+                self._counts, self._scanner.settings.max_in_flight)
         fragments = {
             fragment for unit in units if unit.result
             for fragment in unit.result.fragments}

@@ -762,7 +762,11 @@ class Searches:
         return max(min(times) - now, 0) if times else None
 
     def give_up(self, now: float) -> None:
-        """Decide about all that is parked, as nothing can be read now."""
+        """Decide about all that is parked, as nothing can be read now.
+
+        What is considered after that does not wait.
+        """
+        self._reads = False
         while self._parked:
             self._answer_late(self._parked.popleft(), now)
         self._pending.clear()

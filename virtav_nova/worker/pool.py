@@ -114,7 +114,7 @@ class Pool(generation.Owner):
     @property
     def ended(self) -> bool:
         """There is no process left."""
-        return not any(True for _one in self.generations)
+        return all(one.ended for one in self.generations)
 
     @property
     def serving(self) -> bool:

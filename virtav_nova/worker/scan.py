@@ -454,7 +454,8 @@ class Scanner:
                             and known(frame.after_tag) is not clean)):
                     # Those before it need not wait for this one.
                     self._flush(session)
-                    self._answer(session, frame, start)
+                    if not session.closed:
+                        self._answer(session, frame, start)
                     break
                 transport.post(wire.clean(
                     frame.id, frame.generation, frame.tag))
@@ -810,6 +811,8 @@ class Scanner:
             # What was received is scanned all the same: it may match.
             session.link.unsent = b''
             self._end(session, f'sending failed: {error.strerror}')
+            if session.closed:
+                return
         if stalled or session.link.unsent:
             self._watch(session)
             self._enqueue(session)
@@ -823,7 +826,7 @@ class Scanner:
         self._poll.modify(session.link.fd, events)
 
     def _enqueue(self, session: Session) -> None:
-        if not session.queued:
+        if not session.queued and not session.closed:
             session.queued = True
             if session.budget.left():
                 self._queue.append(session)
@@ -843,6 +846,8 @@ class Scanner:
         session.link.stop()
         if self.collector is not None:
             self.collector.stop(session)
+            if session.closed:
+                return  # The peer did not let the last verdicts be sent.
         self._watch(session)
         self._enqueue(session)
 

@@ -45,6 +45,11 @@ class DrainTest(base.TestCase):
     def test_sigint(self):
         self._drained(signal.SIGINT)
 
+    def test_nothing_to_answer(self):
+        self.start(drain_timeout=600)
+        # Times out if it waits for more than there is.
+        self.assertEqual(0, self.stop())
+
     def test_under_load(self):
         self.start(processes=2)
         answered = []
