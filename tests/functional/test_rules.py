@@ -190,6 +190,29 @@ class RulesTest(unittest.TestCase):
         self.assertEqual(f'sets/{stored["digest"]}',
                          os.readlink(self.current))
 
+    def test_a_file_that_is_half_written_takes_nothing_out_of_force(self):
+        self.write('one/a.yar', rule('One'))
+        self.write('two/a.yar', rule('Two'))
+        self.call('import', self.rules / 'one', self.rules / 'two')
+        self.write('one/a.yar', rule('One')[:-10])
+        self.fails('no rule of source one is left: 1 refused',
+                   'import', self.rules / 'one')
+        self.assertIn('one/a.yar:One', self.call('list', 'current')[0])
+        self.fails('0 rule sets have', 'list', 'zzz')
+
+    def test_output_that_has_no_room(self):
+        self.write('a.yar', rule('One'))
+        self.call('import', self.rules)
+        for words in (('list',), ('list', '--json'), ('show', 'One')):
+            with self.subTest(words), open('/dev/full', 'wb') as full:
+                done = subprocess.run(
+                    self.command(*words), stdout=full, timeout=300,
+                    stderr=subprocess.PIPE, text=True)
+                self.assertEqual(2, done.returncode)
+                self.assertRegex(
+                    done.stderr, '^virtav-rules: error: No space left')
+                self.assertEqual(2, done.stderr.count('\n'))
+
     def test_lint(self):
         self.write('a.yar', rule('One'))
         self.assertIn('public/a.yar:One: as-written',

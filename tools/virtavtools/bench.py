@@ -316,8 +316,8 @@ def rules(args):
     """What an import of rules takes, and whether they raise false alarms.
 
     Imports the rules that are shipped, or those of --rules, into a store of
-    its own, and scans all executable pages of the packages of this host with
-    them.
+    its own, boots a guest with a Debian under them, and scans all executable
+    pages of the packages of this host with them.
 
     Limit: the shipped rules match none. --quick: 20,000 pages.
     """

@@ -17,6 +17,8 @@ from virtav_nova.rules import sample
 from virtav_nova.worker import ruleset
 from virtavtools import errors
 from virtavtools import figures
+from virtavtools import lab
+from virtavtools import parts
 from virtavtools import ui
 
 Result = figures.Result
@@ -25,22 +27,28 @@ SHIPPED = pathlib.Path(__file__).parents[2] / 'etc' / 'virtav' / 'rules'
 _QUICK = 20000  # pages
 #: Matches that are shown, each rule once.
 _SHOWN = 20
+_BOOT = 240  # longest wait for a boot, in seconds
+_LOAD = 180  # and for the worker
 
 
 def rules(args):
     """See :func:`virtavtools.bench.rules`."""
     source = pathlib.Path(args.rules or SHIPPED)
     with tempfile.TemporaryDirectory(prefix='virtav-') as scratch:
-        results, current = _imported(source, pathlib.Path(scratch))
+        home = pathlib.Path(scratch)
+        results, current = _imported(source, home)
+        # Rules of others may have false alarms; those shipped may not.
+        limit = None if args.rules else 0
+        results += _booted(current, home, limit)
         kind = ruleset.engine('twostage')
         engine = kind.compile(directory.read(current), base.EngineOptions(
             sample=sample.pages()))
-    limit = _QUICK if args.quick else None
+    most = _QUICK if args.quick else None
     pages = matched = 0
     seen = set()
     begin = time.monotonic()
     with ui.step('scan the code of the packages of this host') as step:
-        for page in itertools.islice(sample.installed(), limit):
+        for page in itertools.islice(sample.installed(), most):
             pages += 1
             found = engine.scan(page)
             matched += bool(found)
@@ -52,9 +60,34 @@ def rules(args):
     return [*results,
             Result('host_pages', pages, ''),
             Result('host_scan_s', time.monotonic() - begin, 's'),
-            # Rules of others may have false alarms; those shipped may not.
-            Result('host_pages_matched', matched, '',
-                   None if args.rules else 0)]
+            Result('host_pages_matched', matched, '', limit)]
+
+
+def _booted(current, home, limit):
+    """Boot a guest with a Debian under the rules of a set.
+
+    :param current: directory of the set
+    :param limit: of the matches
+    :returns: results
+    """
+    emulator, guest = parts.emulator(), parts.debian_guest()
+    worker = lab.Worker(home, current)
+    try:
+        with ui.step('boot a guest with a Debian'):
+            # Many rules take their time to load.
+            worker.start(_LOAD)
+            monitor = {'socket': worker.socket, 'policy': 'enforce'}
+            with lab.Machine(emulator, guest, home, monitor,
+                             snapshot=True) as machine:
+                machine.wait_ready(_BOOT)
+                fetches = machine.query()['fetches']
+    finally:
+        worker.stop()
+    names = {record['rule'] for record in worker.records('match')}
+    for name in sorted(names)[:_SHOWN]:
+        print('matched in the guest: %s' % name, file=sys.stderr)
+    return [Result('guest_fetches', fetches, ''),
+            Result('guest_rules_matched', len(names), '', limit)]
 
 
 def _imported(source, home):

@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         conf(argv, project='virtav', prog=_PROG,
              version=importlib.metadata.version('virtav-nova'))
-        return _Command(conf).run()
+        code = _Command(conf).run()
+        sys.stdout.flush()
+        return code
     except exception.ConfigurationError as error:
         return _failed(2, str(error), error.way_out)
     except cfg.Error as error:
@@ -74,8 +76,19 @@ def main(argv: list[str] | None = None) -> int:
             'run it again: the rules in force are those from before'))
     except BrokenPipeError:
         # The interpreter flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _mute()
         return 1
+    except OSError as error:
+        _mute()
+        return _failed(2, ': '.join(filter(None, (
+            error.filename and str(error.filename),
+            error.strerror or str(error)))), _(
+                'make room on the disk, in memory and among the processes, '
+                'and run it again'))
+
+
+def _mute() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _failed(code: int, message: str, way_out: str) -> int:
@@ -132,7 +145,7 @@ def _commands(parsers: typing.Any) -> None:
     tried(add('lint', _('Try rules and say what is wrong with each.')))
 
     parser = add('list', _('List the rule sets, or the rules of one.'))
-    parser.add_argument('set', nargs='?', default='current', metavar='SET',
+    parser.add_argument('set', nargs='?', metavar='SET',
                         help=_('first digits of a digest, "current" or '
                                '"previous"'))
     parser.add_argument('--rules', action='store_true',
@@ -332,9 +345,9 @@ class _Command:
         return 0 if good else 1
 
     def _list(self) -> int:
-        if not self._args.rules and not self._args.state:
+        if not (self._args.set or self._args.rules or self._args.state):
             return self._list_sets()
-        found = self._store.find(self._args.set)
+        found = self._store.find(self._args.set or 'current')
         entries = [entry for entry in self._store.entries(found.digest)
                    if self._args.state in (None, entry.state)]
         if self._args.json:

@@ -155,14 +155,18 @@ class TwostageEngine(base.Engine):
 
     def suspect(self, part: int) -> None:
         """See :meth:`virtav_nova.engines.base.Engine.suspect`."""
-        if part < len(self._groups):
+        if 0 <= part < len(self._groups):
             group = self._groups[part]
-            group.split({number: self.rule_name(number)
+            group.split({number: self._name(number)
                          for number in sorted(group.rules)})
 
-    def rule_name(self, part: int) -> tuple[str, str]:
+    def rule_name(self, part: int) -> tuple[str, str] | None:
         """See :meth:`virtav_nova.engines.base.Engine.rule_name`."""
-        rule = self._rules[part & ~base.RULE]
+        number = part & ~base.RULE
+        return self._name(number) if 0 <= number < len(self._rules) else None
+
+    def _name(self, number: int) -> tuple[str, str]:
+        rule = self._rules[number]
         return rule.namespace, rule.name
 
     def _found(self, data: bytes | memoryview) -> dict[int, set[int]]:
@@ -260,7 +264,7 @@ class TwostageEngine(base.Engine):
                 for each in rules:
                     self._group_of[each] = len(self._groups)
                 self._groups.append(cutter.group(
-                    {each: self.rule_name(each) for each in rules}))
+                    {each: self._name(each) for each in rules}))
                 rules = []
             if always:
                 self._always = range(len(self._groups))

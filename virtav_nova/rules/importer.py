@@ -149,8 +149,8 @@ class Importer:
         :param sources: tried from the beginning.
         :param others: rules of other sources, tried before.
         :param origins: the manifest's ``sources`` of those.
-        :raises RuleError: when no rule is left, there are too many, or the
-            engine does not take them.
+        :raises RuleError: when no rule is left, in all or of one of the
+            sources, there are too many, or the engine does not take them.
         """
         entries = self._dissect(sources)
         self._bound(sum(bool(entry.text) for entry in (*entries, *others)))
@@ -164,6 +164,7 @@ class Importer:
             raise exception.RuleError(
                 _('no rule is left: %s') % _summary(fresh),
                 _('see virtav-rules lint for the reasons'))
+        _check_sources(sources, fresh)
         proof = self.prove(files)
         manifest = {
             'created': store.now(),
@@ -508,6 +509,8 @@ def _namespace(source: str, file: str, used: set[str]) -> str:
     """:returns: a name for a file in the set, whatever it was called."""
     parts = [_UNFIT.sub('_', part)[-_PART_MAX:].lstrip('.') or '_'
              for part in file.split('/') if part not in ('', '.', '..')]
+    # A directory must not be called as a file is.
+    parts[:-1] = [re.sub(r'\.(yara?)$', r'_\1', part) for part in parts[:-1]]
     stem = re.sub(r'\.yara?$', '', '/'.join([source, *parts[-8:]]))
     name, number = f'{stem}.yar', 1
     while name in used:
@@ -526,6 +529,25 @@ def _files(entries: collections.abc.Iterable[store.Entry]
         directory.RuleFile(
             name, ('\n\n'.join(texts) + '\n').encode())
         for name, texts in parts.items())
+
+
+def _check_sources(sources: collections.abc.Iterable[Source],
+                   entries: collections.abc.Sequence[store.Entry]) -> None:
+    """See that no source is lost by a file that is empty or half written.
+
+    :param entries: what became of the rules of the sources.
+    :raises RuleError: when there is no rule of one any more.
+    """
+    for source in sources:
+        found = [entry for entry in entries if entry.source == source.name]
+        if not any(entry.in_force or entry.state == 'duplicate'
+                   for entry in found):
+            raise exception.RuleError(
+                _('no rule of source %(name)s is left: %(found)s') % {
+                    'name': source.name, 'found': _summary(found) or _(
+                        'it has no *.yar or *.yara file')},
+                _('see virtav-rules lint for the reasons; to have no rules '
+                  'of this source, virtav-rules remove %s') % source.name)
 
 
 def _summary(entries: collections.abc.Iterable[store.Entry]) -> str:

@@ -93,6 +93,8 @@ _HEADERS = {'pe': Fixed(0, b'MZ'), 'dotnet': Fixed(0, b'MZ'),
 _FLAGS = ('is_pe', 'is_dotnet')
 #: Numbers beyond are not counted with: they may wrap round.
 _NUMBER_MAX = 1 << 60
+#: More than the difference within which libyara takes floats for equal.
+_NEARLY = 1e-15
 _READS: dict[str, tuple[int, typing.Literal['little', 'big'], bool]] = {
     f'{sign}int{bits}{end}': (
         bits // 8, 'big' if end else 'little', not sign)
@@ -417,6 +419,11 @@ class _Reader:
             if not isinstance(first, int | float) or not isinstance(
                     second, int | float):
                 return True
+            if isinstance(first, float) or isinstance(second, float):
+                # To libyara what hardly differs is equal.
+                first, second = float(first), float(second)
+                if compare is operator.eq and abs(first - second) < _NEARLY:
+                    return True
             return compare(first, second)
 
         needed = [string for string in strings

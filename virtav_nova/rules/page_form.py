@@ -971,7 +971,7 @@ def _text(source: syntax.Source, rule: syntax.Rule, formula: _Formula,
         elif isinstance(part, _Key):
             words.append(part.sigil
                          + names[part._replace(sigil='$')][1:])
-        elif set(part.keys) == used:
+        elif len(part.keys) == len(used) and set(part.keys) == used:
             words.append('them')
         else:
             words.append('(' + ', '.join(

@@ -318,8 +318,9 @@ def operands(expression: yaramod.AndExpression | yaramod.OrExpression
 def members(rule: Rule, iterable: yaramod.Expression) -> list[int] | None:
     """Give the strings that a set means.
 
-    :returns: indexes in the rule's strings, each once, as libyara counts
-        them; None where it is no set of strings.
+    :returns: indexes in the rule's strings; one that is named twice stands
+        there twice, as libyara counts it. None where it is no set of
+        strings.
     """
     identifiers = [string.identifier for string in rule.strings]
     if isinstance(iterable, yaramod.ThemExpression):
@@ -336,7 +337,7 @@ def members(rule: Rule, iterable: yaramod.Expression) -> list[int] | None:
                       if name.startswith(each.id[:-1])]
         else:
             return None
-    return list(dict.fromkeys(found))
+    return found
 
 
 def quorum(quantifier: yaramod.Expression, size: int) -> int | None:

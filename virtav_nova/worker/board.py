@@ -14,10 +14,10 @@ takes the place of a lost one, so that its counts only grow.
 import collections.abc
 import enum
 import mmap
-import os
 import time
 import typing
 
+from virtav_nova.monitor import memory
 from virtav_nova.monitor import wire
 
 _SLOT_SIZE = mmap.PAGESIZE
@@ -234,10 +234,11 @@ class Boards:
 
         :param slots: number of them.
         :returns: a file descriptor, close-on-exec.
+        :raises OSError: when there is no memory to be had.
         """
-        fd = os.memfd_create('virtav-boards')
-        os.truncate(fd, _size(slots))
-        return fd
+        # Of a size that no scan process can change: the main process and
+        # the others would die of it.
+        return memory.create('virtav-boards', _size(slots), b'')
 
     def __len__(self) -> int:
         return self._slots

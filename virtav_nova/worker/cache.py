@@ -7,10 +7,11 @@ from virtav_nova.engines import base
 CLEAN = base.Examined([], ())
 
 # Bytes that an entry takes at most: one that is CLEAN (tag, two words and
-# the hash in a dictionary that is a third full), and each match and fragment
-# of another one.
+# the hash in a dictionary that is a third full), and each match, string of a
+# match and fragment of another one.
 _ENTRY = 256
 _MATCH = 4096
+_STRING = 160
 _FRAGMENT = 128
 
 
@@ -54,6 +55,8 @@ class Cache:
         self._held += _ENTRY
         if result is not CLEAN:
             self._held += (_MATCH * len(result.matches)
+                           + _STRING * sum(len(match.strings)
+                                           for match in result.matches)
                            + _FRAGMENT * len(result.fragments))
         if self._held > self._half:
             self._old = self._young

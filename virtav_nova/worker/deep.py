@@ -44,6 +44,8 @@ _ADDRESS_MAX = (1 << 64) - 1
 _QUIET = 0.05
 #: Seconds that a deep scan may take that no fetch waits for.
 _PATIENCE = 5.0
+#: Address spaces of a session that may wait for a deep scan.
+_PENDING_MAX = 64
 #: Seconds for which all fetches are looked at for those of a process in
 #: whose memory a rule was found.
 _WANTED = 30.0
@@ -661,6 +663,10 @@ class Searches:
             self._pending[space] = _Job(
                 request, context, page, [], 0, False)
             self._last = now
+            if len(self._pending) > _PENDING_MAX:
+                # A guest makes address spaces faster than they are looked at.
+                del self._pending[next(iter(self._pending))]
+                self._accumulator.dropped += 1
         if matched or not rules:
             return False
         self._accumulator.tried(space, rules)

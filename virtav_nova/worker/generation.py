@@ -453,7 +453,7 @@ class Generation:
         except EOFError:
             self._lose_loader()
         except (AttributeError, KeyError, TypeError, ValueError,
-                IndexError):
+                IndexError, RecursionError, OverflowError):
             LOG.exception('Loader %s sent nonsense', self._loader.pid)
             self._lose_loader()
 
@@ -543,7 +543,8 @@ class Generation:
                 self._take(scanning, message)
         except EOFError:
             return False
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError,
+                RecursionError):
             LOG.exception('Scan process %s sent nonsense', scanning.pid)
             return False
         return True
@@ -716,7 +717,8 @@ class Generation:
 
         :param part: as the engine numbers them; None if it did not say.
         """
-        if not isinstance(part, int):
+        # It is the word of a process that works on hostile data.
+        if type(part) is not int or not 0 <= part < board.NO_PART:
             return
         if part & base.RULE:
             self._loader.tell('name', part=part)

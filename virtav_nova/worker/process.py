@@ -240,7 +240,8 @@ class ScanProcess(_End):
         """Kill it, at once or as soon as it exists."""
         self._killed = True
         if self._pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
+            # It is dead; or the loader sent something else.
+            with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def gone(self, patience: float) -> bool:

@@ -63,7 +63,7 @@ _AT_EMPTY_PATH = 0x1000
 _ALWAYS = (
     'brk', 'clock_getres', 'clock_gettime', 'clock_nanosleep', 'close', 'dup',
     'epoll_create1', 'epoll_ctl', 'epoll_pwait', 'epoll_pwait2', 'epoll_wait',
-    'exit', 'exit_group', 'fstat', 'ftruncate', 'futex', 'getcwd', 'getegid',
+    'exit', 'exit_group', 'fstat', 'futex', 'getcwd', 'getegid',
     'geteuid', 'getgid', 'getpeername', 'getpid', 'getppid', 'getrandom',
     'getrusage', 'getsockname', 'getsockopt', 'gettid', 'gettimeofday',
     'getuid', 'lseek', 'madvise', 'membarrier', 'mremap', 'munmap',
@@ -82,14 +82,14 @@ _LOADING = (
 #: learn something of the machine. All can do without.
 _DENIED = (
     'access', 'arch_prctl', 'chdir', 'faccessat', 'faccessat2', 'fadvise64',
-    'fchmod', 'flock', 'fsync', 'getcpu', 'getdents', 'getdents64',
-    'getpgrp', 'getpriority', 'getxattr', 'get_mempolicy', 'landlock_add_rule',
-    'landlock_create_ruleset', 'landlock_restrict_self', 'lstat', 'mbind',
-    'memfd_create', 'mincore', 'mkdir', 'mkdirat', 'mlock', 'open', 'openat',
-    'openat2', 'readlink', 'readlinkat', 'rename', 'renameat', 'renameat2',
-    'rmdir', 'sched_getparam', 'sched_getscheduler', 'sched_setaffinity',
-    'sched_setscheduler', 'set_mempolicy', 'setpriority', 'stat', 'statfs',
-    'statx', 'umask', 'unlink', 'unlinkat', 'utimensat')
+    'fchmod', 'flock', 'fsync', 'ftruncate', 'getcpu', 'getdents',
+    'getdents64', 'getpgrp', 'getpriority', 'getxattr', 'get_mempolicy',
+    'landlock_add_rule', 'landlock_create_ruleset', 'landlock_restrict_self',
+    'lstat', 'mbind', 'memfd_create', 'mincore', 'mkdir', 'mkdirat', 'mlock',
+    'open', 'openat', 'openat2', 'readlink', 'readlinkat', 'rename',
+    'renameat', 'renameat2', 'rmdir', 'sched_getparam', 'sched_getscheduler',
+    'sched_setaffinity', 'sched_setscheduler', 'set_mempolicy', 'setpriority',
+    'stat', 'statfs', 'statx', 'umask', 'unlink', 'unlinkat', 'utimensat')
 
 #: What the C library tries first, and then does in the old way.
 _UNKNOWN = ('clone3', 'futex_waitv', 'mseal')

@@ -52,6 +52,9 @@ _BRIEF = 10
 #: ns, and how often after that, in seconds.
 _ASIDE_NS = 2_000_000
 _ASIDE = 0.001
+#: How long at most, in ns for each ms of the limit of a scan: what is there
+#: to be read of other processes is only their word.
+_ASIDE_MAX_NS = 2_000_000
 
 _PAGE_MASK = -wire.PAGE_SIZE & (1 << 64) - 1
 
@@ -281,6 +284,8 @@ class Scanner:
         self._spent: collections.deque[Session] = collections.deque()
         #: Those with a request that is put aside.
         self._aside: list[Session] = []
+        #: What others are scanning is scanned here, too.
+        self._alone = False
         self._waiting: collections.deque[bytes] = collections.deque()
         #: Tags of clean units, and the tables that they belong into.
         self._found: list[tuple[table.VerdictTable, bytes]] = []
@@ -464,6 +469,8 @@ class Scanner:
                 self.board.service[boards.bucket(now - start)] += 1
                 start = now
         except wire.ProtocolError as error:
+            # Or what was scanned for it would be for nothing.
+            session.budget.spend(time.monotonic_ns() - begin)
             self._break(session, str(error))
             return
         if not session.closed:
@@ -648,7 +655,7 @@ class Scanner:
             count[_TABLED] += 1
             self._cache.add(tag, cache.CLEAN)
             return cache.CLEAN
-        if self.board.elsewhere(tag):
+        if not self._alone and self.board.elsewhere(tag):
             count[_UNITS] -= 1
             raise _ElsewhereError
         result = self._scan(session, tag, data)
@@ -717,19 +724,26 @@ class Scanner:
 
     def _look_aside(self) -> None:
         """See whether the scans of others have ended."""
+        most = self.settings.scan_timeout_ms * _ASIDE_MAX_NS
         for session in list(self._aside):
             request = session.aside
-            if request is None or self._still_elsewhere(request):
+            late = time.monotonic_ns() - session.aside_since >= most
+            if request is None or (
+                    not late and self._still_elsewhere(request)):
                 continue
             self._aside.remove(session)
             session.aside = None
             self._count[_JOINED] += 1
             begin = time.monotonic_ns()
+            self._alone = late
             try:
                 self._answer(session, request, session.aside_since)
             except wire.ProtocolError as error:
+                session.budget.spend(time.monotonic_ns() - begin)
                 self._break(session, str(error))
                 continue
+            finally:
+                self._alone = False
             if not session.closed:
                 self._finish(session, begin, False)
 

@@ -130,7 +130,8 @@ class ContractTest(base.TestCase):
             expected = engine.scan(_BAD)
             for part in set(parts):
                 engine.suspect(part)
-            engine.suspect(12345)
+            for part in (12345, -12345):
+                engine.suspect(part)
             del parts[:]
             self.assertEqual(expected, engine.scan(_BAD))
             for part in parts:

@@ -331,6 +331,28 @@ class SetTest(TestCase):
                 exception.RuleError, '^no rule is left: 1 refused'):
             self.run_import()
 
+    def test_nothing_is_left_of_a_source(self):
+        # A file that is half written must not take its rules out of force.
+        self.write('rules/a.yar', rule('A'))
+        before = self.run_import()
+        path = self.write('other/b.yar', '')
+        for content, reason in (
+                ('', '1 refused'), (rule('B')[:-20], '1 refused'),
+                ('private ' + rule('B'), '1 private')):
+            path.write_text(content)
+            with self.subTest(content), self.assertRaisesRegex(
+                    exception.RuleError,
+                    f'^no rule of source other is left: {reason}$'):
+                self.run_import(self.top / 'other', others=before.entries)
+        path.unlink()
+        with self.assertRaisesRegex(
+                exception.RuleError, r'^no rule of source other .* no \*\.yar'):
+            self.run_import(self.rules, self.top / 'other')
+        # That another one has them all is no loss.
+        path.write_text(rule('A'))
+        self.assertEqual(1, len(self.run_import(
+            self.top / 'other', others=before.entries).files))
+
     def test_nothing_there(self):
         for path in (self.rules, self.top / 'missing'):
             with self.subTest(path), \
@@ -375,8 +397,14 @@ class SetTest(TestCase):
             rule('A'))
         self.write('rules/odd.. _ name_/_.yar', rule('B'))
         self.write('rules/%s/c.yar' % '/'.join('d' * 20), rule('C'))
+        # In the set the one would be both a file and a directory.
+        self.write('rules/e.yar/d.yar', rule('D'))
+        self.write('rules/e.yara', rule('E'))
         outcome = self.run_import()
-        self.assertEqual(3, len(outcome.files))
+        self.assertEqual(5, len(outcome.files))
+        names = {file.name for file in outcome.files}
+        self.assertFalse([name for name in names if any(
+            other.startswith(f'{name}/') for other in names)])
         for file in outcome.files:
             self.assertRegex(file.name, r'^rules/[A-Za-z0-9._+/-]+\.yar$')
             self.assertNotIn('..', file.name.split('/'))

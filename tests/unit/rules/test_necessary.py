@@ -36,7 +36,8 @@ class NecessaryTest(base.TestCase):
             '#a * 2 > 1', '#a > -1 and $a', 'not not $b and $a',
             'for any i in (1..3) : ($a at i)', 'any of ($a)', '1 of ($a)',
             'for any i in (1..#b) : (@a[i] < 5)', '$a and filesize > 5',
-            '#a > 1KB', '@a == 1 or false', '-@a < 1')
+            '#a > 1KB', '@a == 1 or false', '-@a < 1', '#a > 0.5',
+            '#a == 1.0')
 
     def test_nothing(self):
         self._assert_needs(
@@ -46,7 +47,8 @@ class NecessaryTest(base.TestCase):
             'for none of them : ($)', '$a or filesize > 5', 'pe.is_pe',
             'math.max(#a, 1) == 1', 'not ($a and $b)', '(-1) of them',
             'for 0 i in (1..2) : ($a)', 'not @a == 1', 'defined (#a > 1)',
-            'for #b i in (1..2) : ($a)', '#a > #b - 5', 'filesize')
+            'for #b i in (1..2) : ($a)', '#a > #b - 5', 'filesize',
+            '#a == 0.0000000000000001')
 
     def test_several(self):
         every = necessary.AtLeast(5, (A, B, C, D1, D2))

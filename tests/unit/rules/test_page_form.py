@@ -156,6 +156,7 @@ class RewriteTest(unittest.TestCase):
                 ('all of them', 'all of ($mz, $a, $b)'),
                 ('all of them', '100% of ($mz, $a, $b)'),
                 ('any of them', '50% of ($mz, $a, $b)'),
+                ('all of ($a, $a)', '3 of ($mz, $a, $a)'),
                 ('$c', 'any of ($mz, $a, $b) and $c'),
                 ('any of ($a, $b) and $c', '2 of ($mz, $a, $b) and $c'),
                 ('none of ($a) and $c', 'none of ($mz, $a) and $c'),

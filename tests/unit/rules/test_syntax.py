@@ -269,7 +269,7 @@ class HelpersTest(unittest.TestCase):
         for text, expected in (
                 ('them', [0, 1, 2, 3]), ('($a*)', [0, 1]), ('($*)',
                 [0, 1, 2, 3]), ('($b, $a1)', [2, 0]), ('($a1, $a*)',
-                [0, 1])):
+                [0, 0, 1])):
             rule = only('rule A { strings: $a1 = "111" $a2 = "222" '
                         '$b = "333" $ = "444" condition: any of %s }' % text)
             self.assertEqual(expected, syntax.members(

@@ -54,6 +54,14 @@ class BoardTest(unittest.TestCase):
         ours.board(1).begin(1, TAG[8:] + bytes(8))
         self.assertFalse(ours.board(2).elsewhere(TAG))
 
+    def test_nobody_changes_its_size(self):
+        # Others would die of it, by SIGBUS.
+        fd = board.Boards.create(2)
+        self.addCleanup(os.close, fd)
+        for size in (0, 1 << 20):
+            with self.assertRaises(PermissionError):
+                os.truncate(fd, size)
+
     def test_slots_do_not_overlap(self):
         ours, theirs = make(3)
         for number in range(3):

@@ -49,6 +49,17 @@ class CacheTest(unittest.TestCase):
                 tuple(base.Fragment(number, string) for string in range(9))))
         self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
+    def test_matches_of_many_strings_count_for_more(self):
+        made = cache.Cache(1 << 20)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for number in range(1000):
+            made.add(tag(number), base.Examined([base.Match(
+                'rule', 'file', [], {},
+                [('$%d' % offset, 1000 + offset)
+                 for offset in range(1000)])], ()))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 1.4 * (1 << 20))
+
     def test_what_is_in_use_stays(self):
         made = cache.Cache(1 << 16)
         for number in range(10000):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules over several pages: a real worker, and a guest without processor."""
 
+import signal
+import socket
 import threading
 import time
 
@@ -197,6 +199,44 @@ class ReadTest(TestCase):
         self.records(1, type='session', event='closed')
         self.assert_serves(self.connect_reading())
 
+    def stopped_before_the_last(self, space):
+        """Ask for more than is answered at a time; the last one is parked."""
+        for number in range(3):
+            self.monitor.send((b'other%d' % number).ljust(PAGE, b'\x90'))
+        self.send(space, TEXT + 2 * PAGE)
+
+    def test_end_of_a_session_before_a_request_is_parked(self):
+        space = self.two_pages()
+        self.fetch(space, TEXT)
+        [scanning] = self.scan_processes()
+        with base.stopped(scanning):
+            self.stopped_before_the_last(space)
+            self.monitor.socket.shutdown(socket.SHUT_WR)
+        self.records(1, type='session', event='closed')
+        self.records(1, type='match', rule='Both')
+        self.assertEqual([scanning], self.scan_processes())
+
+    def test_move_before_a_request_is_parked(self):
+        space = self.two_pages()
+        self.fetch(space, TEXT)
+        self.write('rules/more.yar',
+                   'rule More { strings: $m = "more-more" condition: $m }')
+        [scanning] = self.scan_processes()
+        with base.stopped(scanning):
+            self.stopped_before_the_last(space)
+            self.process.send_signal(signal.SIGHUP)
+            base.wait_for(lambda: 'is in force, epoch 2' in self.log(),
+                          'other rules')
+            # Until it was told to have the session connect anew.
+            time.sleep(0.5)
+        # A deep scan may have begun before.
+        *verdicts, refused = [
+            frame for frame in iter(self.monitor.frame, None)
+            if not isinstance(frame, wire.Read)]
+        self.assertEqual([wire.Result.CLEAN] * 3 + [wire.Result.MATCH],
+                         [verdict.result for verdict in verdicts])
+        self.assertEqual(wire.Refusal.RELOAD, refused.code)
+
     def test_no_answer(self):
         space = self.two_pages()
         self.fetch(space, TEXT)
@@ -210,6 +250,19 @@ class ReadTest(TestCase):
 class RingTest(ReadTest):
 
     flags = wire.READ | wire.SHARED
+
+    def test_end_while_the_verdicts_have_no_room(self):
+        space = self.two_pages()
+        self.fetch(space, TEXT)
+        [scanning] = self.scan_processes()
+        self.send(space, TEXT + 2 * PAGE)
+        self.assertIsInstance(self.monitor.frame(), wire.Read)
+        self.monitor.ring.verdicts._tail[0] = 12345
+        self.monitor.socket.shutdown(socket.SHUT_RDWR)
+        self.records(1, type='session', event='closed',
+                     reason='protocol: the ring is full')
+        self.assert_serves(self.connect_reading())
+        self.assertEqual([scanning], self.scan_processes())
 
 
 class SlowTest(TestCase):

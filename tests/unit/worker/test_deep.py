@@ -5,6 +5,7 @@ import unittest
 
 from tests.unit.worker import fragments
 from tests.unit.worker import guest
+from virtav_nova.engines import base
 from virtav_nova.monitor import wire
 from virtav_nova.worker import accumulate
 from virtav_nova.worker import deep
@@ -381,6 +382,13 @@ class ParkedTest(TestCase):
         [answer] = self.searches.answers()
         self.assertTrue(answer.found)
         self.assertIsNone(self.searches.due(self.now + 9))
+        # Nothing will be read, so nothing waits for it.
+        other = self.space()
+        for gva, content in ((TEXT, A), (TEXT + PAGE, B)):
+            other.map(gva, content + b'2')
+            decided = self.fetch(other, gva)
+        self.assertEqual([0], [found.rule for found in decided])
+        self.assertIsNone(self.searches.due(self.now + 9))
 
 
 class PartialTest(TestCase):
@@ -478,6 +486,15 @@ class PartialTest(TestCase):
             self.work()
         self.assertEqual(50, self.counts.scans)
         self.assertGreater(self.now - begin, 4.8)
+
+    def test_many_address_spaces(self):
+        for number in range(300):
+            request = fragments.request(
+                TEXT, A.ljust(PAGE, b'\0'), cr3=number << 12, gpa=0x1000)
+            self.searches.consider(
+                request, {base.Fragment(0, 0)}, False, self.now)
+        self.assertEqual(64, len(self.searches._pending))
+        self.assertEqual(300 - 64, self.accumulator.dropped)
 
     def test_parked_goes_first(self):
         one, two = self.space(), self.space()

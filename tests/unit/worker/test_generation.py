@@ -243,6 +243,19 @@ class LossTest(TestCase):
             {entry['reason'] for entry in self.owner.entries
              if entry['event'] == 'closed'})
 
+    def test_parts_that_there_are_not(self):
+        self.serve(processes=2)
+        bad = self.open(1)
+        for part in (-1 << 40, -1, 1 << 32, (1 << 32) - 1, 1 << 99, True,
+                     1.5, '1', [], None):
+            self.ask(bad, b'send ' + control.pack(
+                'fault', session=1, reason='x', part=part))
+        self.ask(bad, b'send ' + control.pack(
+            'fault', session=1, reason='x', part=1 << 31 | 7))
+        self.turn_until(lambda: self.owner.blames, 'blame')
+        self.assertEqual([('r.yar', 'R7')], self.owner.blames)
+        self.assertEqual(1, self.sessions())
+
     def test_words_of_a_process_that_was_taken_over(self):
         self.serve()
         monitor = self.open(1)

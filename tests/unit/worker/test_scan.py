@@ -428,6 +428,16 @@ class JoinTest(TestCase):
         self.assertEqual('closed', self.told()['type'])
 
 
+    def test_other_process_that_never_ends(self):
+        # As one that was taken over could make this one believe.
+        self.scanner.settings = self.scanner.settings._replace(
+            scan_timeout_ms=50)
+        self.start()
+        page = b'match 1'.ljust(4096, b'\0')
+        self.boards.board(1).begin(1, wire.page_tag(KEY, page))
+        self.assertEqual(wire.Result.MATCH, self.session().ask(page).result)
+
+
 class MoveTest(TestCase):
 
     def _moved(self, slots):
@@ -583,6 +593,16 @@ class BudgetTest(TestCase):
         for _ in range(8):
             self.assertEqual(wire.Result.CLEAN, greedy.frame().result)
         self.assertEqual({'type': 'spent', 'session': 1}, self.told())
+
+
+    def test_session_that_breaks_the_protocol_pays(self):
+        greedy = self.session(instance='greedy')
+        greedy.send(b'sleep 0.05'.ljust(4096, b'\0'), b'x',
+                    before_tag=wire.page_tag(KEY, b'other'))
+        self.start()
+        self.assertIsNone(greedy.frame())
+        left = self.scanner._budgets._budgets['greedy']._left
+        self.assertLess(left, (budget._SAVED - 0.04) * 1e9)
 
 
 class RepeatTest(TestCase):
