@@ -50,13 +50,19 @@ class TestCase(base.TestCase):
             else:
                 self.approved.add(hashlib.sha256(request.page).hexdigest())
                 if session.table:
-                    session.table.add(request.tag)
+                    for tag in (request.tag, request.before_tag,
+                                request.after_tag):
+                        session.table.add(tag)
                 session.answer(request)
 
     @staticmethod
     def code(number):
-        """A page of code; if the number is odd, it must not run."""
-        return bare.returns((number << 8) + number) + os.urandom(PAGE - 6)
+        """A page of code; if the number is odd, it must not run.
+
+        All have the same end, so that junctions repeat as pages do.
+        """
+        return bare.returns((number << 8) + number) + os.urandom(
+            PAGE - 6 - wire.EDGE_SIZE) + bytes(wire.EDGE_SIZE)
 
     def files(self):
         """Arguments for files of fw_cfg, each a page of code."""

@@ -324,9 +324,9 @@ class RulesTest(unittest.TestCase):
         self.write('a.yar', rule('One'))
         digest = self.json('import', self.rules)['digest']
         self.write('b.yar', ''.join(
-            rule(f'R{number}') for number in range(3000)))
+            rule(f'R{number}') for number in range(6000)))
         for ending in (signal.SIGKILL, signal.SIGINT):
-            for delay in (0, 0.5):
+            for delay in (0, 0.1):
                 with subprocess.Popen(
                         self.command('import', self.rules),
                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -42,6 +42,9 @@ _REASON_MAX = 200
 #: Part of the limit of a scan, in ns for each ms, after which one that
 #: failed was slow.
 _SLOW_NS = 500_000
+#: How long a session that ends waits for a peer that takes nothing, in
+#: seconds.
+_LISTEN = 5.0
 #: Requests of a session answered before others get their turn, as long as
 #: nothing has to be scanned for them.
 _BATCH = 32
@@ -286,6 +289,8 @@ class Scanner:
         self._aside: list[Session] = []
         #: What others are scanning is scanned here, too.
         self._alone = False
+        #: Sessions that end, and when to see whether the peer listens.
+        self._ending: dict[Session, float] = {}
         self._waiting: collections.deque[bytes] = collections.deque()
         #: Tags of clean units, and the tables that they belong into.
         self._found: list[tuple[table.VerdictTable, bytes]] = []
@@ -325,6 +330,8 @@ class Scanner:
         """Do what is due."""
         if self._aside:
             self._look_aside()
+        if self._ending:
+            self._look_at_ending()
         now = None
         due = self._matches.due()
         if due is not None:
@@ -370,6 +377,7 @@ class Scanner:
             if time.monotonic_ns() - since < _ASIDE_NS:
                 return 0
             times.append(time.monotonic() + _ASIDE)
+        times += self._ending.values()
         due = self._matches.due()
         if due is not None:
             times.append(due)
@@ -747,6 +755,20 @@ class Scanner:
             if not session.closed:
                 self._finish(session, begin, False)
 
+    def _look_at_ending(self) -> None:
+        """Close sessions whose peer does not take the last verdicts.
+
+        Nobody else would: a move has no end of its own.
+        """
+        now = time.monotonic()
+        for session, until in list(self._ending.items()):
+            if until > now:
+                continue
+            if session.link.unsent:
+                self._close(session)
+            else:
+                self._ending[session] = now + _LISTEN
+
     def _still_elsewhere(self, request: wire.Request) -> bool:
         elsewhere = self.board.elsewhere
         return (elsewhere(request.tag)
@@ -857,6 +879,7 @@ class Scanner:
             return
         session.reason = reason
         session.refusal = refusal
+        self._ending[session] = time.monotonic() + _LISTEN
         session.link.stop()
         if self.collector is not None:
             self.collector.stop(session)
@@ -880,6 +903,7 @@ class Scanner:
                 session.link.flush()
         self._matches.close(session.number)
         session.closed = True
+        self._ending.pop(session, None)
         del self._sessions[session.link.fd]
         del self._numbers[session.number]
         if session.queued:

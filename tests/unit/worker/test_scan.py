@@ -4,6 +4,7 @@
 import os
 import socket
 import threading
+import time
 from unittest import mock
 
 from tests.unit.worker import base
@@ -467,6 +468,25 @@ class MoveTest(TestCase):
 
     def test_ring(self):
         self._moved(8)
+
+    def test_peer_that_does_not_listen(self):
+        # Or it would keep the rules of before, and with them the worker
+        # from loading others.
+        self.start()
+        monitor = self.session()
+        # A verdict is counted and then sent.
+        sent = waited = 0
+        while waited < 200:
+            if self.counted('clean') == (sent,):
+                monitor.send(bytes(4096))
+                sent += 1
+                waited = 0
+            else:
+                waited += 1
+                time.sleep(0.001)
+        with mock.patch.object(scan, '_LISTEN', 0.1):
+            self.main.send(control.pack('move', session=1))
+            self.assertEqual('the rules changed', self.told()['reason'])
 
 
 class ReadTest(TestCase):
