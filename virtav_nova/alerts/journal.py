@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The alert journal: JSON lines that are only ever appended to."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -138,18 +137,36 @@ class Journal:
 
     def _rotate(self) -> None:
         self.sync()
-        old = self._fd
+        before = self._fd, self._size, self._torn
         # First what can fail for want of room: nothing is moved then.
         fresh = f'{self._path}.0'
         self._open(fresh)
-        os.close(old)
-        for number in range(self._keep, 1, -1):
-            with contextlib.suppress(FileNotFoundError):
+        try:
+            self._move(fresh)
+        except BaseException:
+            # The next record tries again.
+            os.close(self._fd)
+            self._fd, self._size, self._torn = before
+            raise
+        os.close(before[0])
+        self._sync_directory()
+
+    def _move(self, fresh: str) -> None:
+        """Give all files their new names.
+
+        :param fresh: name of the file that is begun.
+        """
+        # It is away when an attempt before went no further.
+        if os.path.lexists(self._path):
+            # As far as the first gap, which that attempt may have left.
+            last = next((number for number in range(1, self._keep)
+                         if not os.path.lexists(f'{self._path}.{number}')),
+                        self._keep)
+            for number in range(last, 1, -1):
                 os.replace(f'{self._path}.{number - 1}',
                            f'{self._path}.{number}')
-        os.replace(self._path, f'{self._path}.1')
+            os.replace(self._path, f'{self._path}.1')
         os.replace(fresh, self._path)
-        self._sync_directory()
 
     def _sync_directory(self) -> None:
         directory = os.open(os.path.dirname(self._path), os.O_RDONLY)

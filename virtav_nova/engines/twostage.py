@@ -119,7 +119,9 @@ class TwostageEngine(base.Engine):
             'cannot': [
                 _('find a string by itself that is common in machine code '
                   'or has no fixed part; where strings lie on several pages '
-                  'it is taken as found')]}
+                  'it is taken as found'),
+                _('find a rule that needs nothing but one string several '
+                  'times, where these lie on several pages')]}
 
     def scan(self, data: bytes | memoryview) -> list[base.Match]:
         """See :meth:`virtav_nova.engines.base.Engine.scan`."""

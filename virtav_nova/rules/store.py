@@ -144,9 +144,9 @@ class Store:
         :raises RuleError: at once, when another one is at it.
         """
         with self._writing():
-            os.makedirs(self._sets, exist_ok=True)
             for path in (self.path, self._sets):
-                self._permit(path, folder=True)
+                os.makedirs(path, exist_ok=True)
+                self._own(path)
             fd = os.open(os.path.join(self.path, 'lock'),
                          os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
@@ -410,6 +410,22 @@ class Store:
         for path, _names, _files in os.walk(top, topdown=False):
             self._permit(path, folder=True)
             _sync(path)
+
+    def _own(self, path: str) -> None:
+        """See that a directory is nobody else's, and give it its mode."""
+        # By a descriptor: the parent may belong to the worker's user, who
+        # could put a link there, or a directory with links in it.
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise exception.RuleError(
+                    _('%s belongs to another user') % path,
+                    _('run virtav-rules as its owner, who should not be the '
+                      'user of the worker; to make it that of root again: '
+                      'chown -R root %s') % self.path)
+            self._permit(fd, folder=True)
+        finally:
+            os.close(fd)
 
     def _permit(self, path: str | int, *, folder: bool) -> None:
         # Whatever the umask: the worker has to be able to read it, and

@@ -118,15 +118,17 @@ class _Session:
 
     :ivar wide: addresses beyond 32 bits were seen.
     :ivar pages: those with fragments of a rule.
+    :ivar strings: by rule, on how many pages each string is.
     :ivar states: count, for each rule, the changes of its evidence.
     """
 
-    __slots__ = ('pages', 'spaces', 'states', 'wide')
+    __slots__ = ('pages', 'spaces', 'states', 'strings', 'wide')
 
     def __init__(self) -> None:
         self.wide = False
         self.spaces: dict[int | None, Space] = {}
         self.pages: dict[int, dict[Page, None]] = {}
+        self.strings: dict[int, collections.Counter[int]] = {}
         self.states: dict[int, int] = {}
 
 
@@ -202,8 +204,7 @@ class Accumulator:
         return page, [
             rule for rule in page.fragments
             if space.tried.get(rule) != known.states[rule]
-            and self._engine.complete(rule, self.strings(
-                self.pages(space, rule), rule))]
+            and self._engine.complete(rule, frozenset(known.strings[rule]))]
 
     def pages(self, space: Space, rule: int, own: bool = False
               ) -> list[Page]:
@@ -212,11 +213,11 @@ class Accumulator:
         :param space: whose session is meant.
         :param own: only of this address space.
         """
+        if own:
+            return [page for page in space.pages.values()
+                    if rule in page.fragments]
         known = self._sessions.get(space.session)
-        if known is None:
-            return []
-        return [page for page in known.pages.get(rule, ())
-                if not own or page.space is space]
+        return [] if known is None else list(known.pages.get(rule, ()))
 
     def complete(self, page: Page, rules: collections.abc.Iterable[int]
                  ) -> bool:
@@ -292,9 +293,14 @@ class Accumulator:
             self._remove(known, before)
         space.pages[page.gva] = page
         self.size += page.size
-        for rule in page.fragments:
+        for rule, strings in page.fragments.items():
             space.rules[rule] = space.rules.get(rule, 0) + 1
             known.pages.setdefault(rule, {})[page] = None
+            # Counted here: to look through all pages for each rule of each
+            # fetch would take longer than a scan may.
+            counts = known.strings.setdefault(rule, collections.Counter())
+            for string in strings:
+                counts[string] += 1
         if len(space.pages) > self._limits.pages:
             self._remove(known, next(iter(space.pages.values())))
             self.dropped += 1
@@ -303,7 +309,7 @@ class Accumulator:
         space = page.space
         del space.pages[page.gva]
         self.size -= page.size
-        for rule in page.fragments:
+        for rule, strings in page.fragments.items():
             space.rules[rule] -= 1
             if not space.rules[rule]:
                 del space.rules[rule]
@@ -312,7 +318,13 @@ class Accumulator:
             pages = known.pages[rule]
             del pages[page]
             if not pages:
-                del known.pages[rule]
+                del known.pages[rule], known.strings[rule]
+                continue
+            counts = known.strings[rule]
+            for string in strings:
+                counts[string] -= 1
+                if not counts[string]:
+                    del counts[string]
 
     def _bound(self, recent: Space) -> None:
         """Forget the address spaces longest not seen, but never the last."""

@@ -30,6 +30,8 @@ class Budget:
 
         :param duration: in ns.
         """
+        # What comes in while it is full is lost, or it would count twice.
+        self._refill()
         self._left -= duration
 
     def left(self) -> bool:

@@ -125,7 +125,10 @@ class Collected(scan.Collector):
         now = time.monotonic()
         for session in [session for session, due in self._due.items()
                         if due <= now]:
-            if session in self._due:
+            if session not in self._due:
+                continue
+            # A deep scan is paid for like any other.
+            if not self._scanner.contended or session.budget.left():
                 self._work(session, self._searches[session])
 
     def _work(self, session: scan.Session, searches: deep.Searches) -> None:

@@ -581,9 +581,12 @@ class Generation:
                 'Instance %s spent its share of scan time; others go first',
                 client.instance)
         elif kind == 'closed':
+            reason, counts = str(message['reason']), message['counts']
+            if not isinstance(counts, dict | None):
+                raise TypeError('counts are no object')
             del scanning.sessions[number]
             scanning.spent.pop(number, None)
-            self._closed(client, str(message['reason']), message['counts'])
+            self._closed(client, reason, counts)
 
     def _closed(self, client: process.Client, reason: str,
                 counts: record.Record | None) -> None:

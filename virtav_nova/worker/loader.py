@@ -40,6 +40,9 @@ _PR_SET_PDEATHSIG = 1
 _REASON_MAX = 4096
 #: The kernel's table of files has to reach up to the highest number.
 _FILES_MAX = 16384
+#: Bytes that a scan process may take beside the rules: several times what
+#: all that it keeps is bounded to.
+_GROWTH = 1 << 30
 _SEALS = (fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW
           | fcntl.F_SEAL_SHRINK)
 
@@ -197,6 +200,7 @@ class _Loader:
             self._main.close()
             self._poll.close()
             control.close(self._children)
+            sandbox.limit_growth(_GROWTH)
             status = scan.serve(
                 socket.socket(fileno=_last(fd)), self._boards.board(slot),
                 self._engine, self._settings, collect.make)

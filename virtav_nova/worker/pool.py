@@ -36,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds before a rule set whose loader was lost is loaded again.
 _PAUSE = 1.0
+#: Seconds that sessions have to leave a rule set after they were told to.
+_STAY = 60.0
 #: Open files of a scan process beside those of its sessions, at most.
 _FILES = 64
 #: Open files that a ring takes of a scan process.
@@ -97,6 +99,8 @@ class Pool(generation.Owner):
         self._wanted: str | None = None
         self._load_from = 0.0
         self._next_move = 0.0
+        #: When there was nobody left to be told to leave the old set.
+        self._told_all: float | None = None
         self._draining = False
         #: Some rule set was in force.
         self._served = False
@@ -277,7 +281,16 @@ class Pool(generation.Owner):
             return
         if now < self._next_move:
             return
-        old.move()
+        if old.move():
+            self._told_all = None
+        elif self._told_all is None:
+            self._told_all = now
+        elif now - self._told_all > _STAY:
+            # As long as they stay no other rules can be loaded.
+            LOG.warning('Rules: sessions do not leave digest %s, they are '
+                        'closed', old.digest.hex())
+            self._told_all = now
+            old.retire()
         self._next_move = max(
             self._next_move, now - 1) + 1 / self._options.reload_rate
 
@@ -327,6 +340,7 @@ class Pool(generation.Owner):
         self.old, self.current = self.current, of
         self._served = True
         self._next_move = time.monotonic()
+        self._told_all = None
         loading = typing.cast(Loading, self.loading)
         self.loading = loading._replace(time=record.now(), state='loaded')
         LOG.info('Rules: digest %s is in force, epoch %s',

@@ -146,6 +146,19 @@ def limit_memory(size: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, hard))
 
 
+def limit_growth(size: int) -> None:
+    """Bound for good what memory is taken beside the most there was so far.
+
+    Memory that is shared with other programs does not count.
+
+    :param size: in bytes.
+    """
+    size += resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    _soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or size < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
 def limit_time(seconds: int | None) -> None:
     """Bound the processor time from now on. SIGXCPU follows.
 

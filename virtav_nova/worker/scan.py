@@ -300,6 +300,11 @@ class Scanner:
         self._drain_until: float | None = None
         engine.progress = scans.at
 
+    @property
+    def contended(self) -> bool:
+        """Sessions within their budget wait for their turn."""
+        return bool(self._queue)
+
     def run(self) -> None:
         """Serve until told to drain.
 

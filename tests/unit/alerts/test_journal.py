@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import errno
+import itertools
 import json
 import os
 import resource
 import signal
 import stat
 import time
+from unittest import mock
 
 from tests.unit import base
 from virtav_nova import exception
@@ -125,6 +128,34 @@ class JournalTest(base.TestCase):
             alerts.append({'n': 6})
         self.assertEqual([{'n': 6}], self._records())
         self.assertEqual([{'n': 1}], self._records('.1'))
+
+    def test_rotation_that_fails_half_way(self):
+        alerts = self._open(max_bytes=50, keep=3)
+        for number in range(4):
+            alerts.append({'n': number, 'p': 'x' * 20})
+        really = os.replace
+        for fails in range(4):
+            with self.subTest(fails):
+                calls = itertools.count()
+
+                def replace(source, target, calls=calls, fails=fails):
+                    if next(calls) >= fails:
+                        raise OSError(errno.EIO, 'broken')
+                    really(source, target)
+
+                lost = alerts.lost
+                with mock.patch.object(os, 'replace', replace):
+                    for _ in range(3):
+                        alerts.append({'n': 'lost', 'p': 'x' * 20})
+                self.assertGreater(alerts.lost, lost)
+                lost = alerts.lost
+                number += 1
+                alerts.append({'n': number, 'p': 'x' * 20})
+                self.assertEqual(lost, alerts.lost)
+                self.assertEqual([number - 3, number - 2, number - 1, number],
+                                 [record['n'] for suffix in (
+                                     '.3', '.2', '.1', '')
+                                  for record in self._records(suffix)])
 
     def _assert_refused(self, message):
         with self.assertRaisesRegex(

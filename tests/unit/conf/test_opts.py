@@ -29,6 +29,8 @@ class OptsTest(unittest.TestCase):
         virtav_conf.register_opts(conf)
         conf([])
         conf.set_override('state_dir', '/srv/virtav', 'virtav_worker')
+        # The group, and what is noted of its options, is one for all.
+        self.addCleanup(conf.clear_override, 'state_dir', 'virtav_worker')
         self.assertEqual('/srv/virtav/alerts/journal.jsonl',
                          conf.virtav_worker.journal_path)
 

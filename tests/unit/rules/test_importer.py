@@ -346,7 +346,7 @@ class SetTest(TestCase):
                 self.run_import(self.top / 'other', others=before.entries)
         path.unlink()
         with self.assertRaisesRegex(
-                exception.RuleError, r'^no rule of source other .* no \*\.yar'):
+                exception.RuleError, '^no rule of source other .* no .*yar'):
             self.run_import(self.rules, self.top / 'other')
         # That another one has them all is no loss.
         path.write_text(rule('A'))

@@ -117,7 +117,7 @@ class StoreTest(base.TestCase):
         self.assertEqual([rule_file(1)],
                          self.store.files(self.store.current()))
         self._assert_refused(
-            'Permission denied|not permitted',
+            'Permission denied|not permitted|another user',
             self.store.locked().__enter__)
 
     def test_who_may_not_even_look(self):
@@ -131,6 +131,23 @@ class StoreTest(base.TestCase):
             self.addCleanup(self.path.chmod, 0o700)
         self._assert_refused('Permission denied', self.store.current)
         self._assert_refused('Permission denied', self.store.sets)
+
+    def test_what_another_user_may_change_is_not_written(self):
+        # Whoever owns the parent could otherwise have root write anywhere.
+        away = self.top / 'away'
+        away.mkdir(mode=0o700)
+        self.path.symlink_to(away)
+        self._assert_refused('Not a directory|symbolic', self._add, 1)
+        self.path.unlink()
+        self.path.mkdir()
+        (self.path / 'sets').symlink_to(away)
+        self._assert_refused('Not a directory|symbolic', self._add, 1)
+        self.assertEqual([], list(away.iterdir()))
+        self.assertEqual(0o700, stat.S_IMODE(away.stat().st_mode))
+        (self.path / 'sets').unlink()
+        with mock.patch('os.geteuid', return_value=os.geteuid() + 1):
+            self._assert_refused('belongs to another user', self._add, 1)
+        self._add(1)
 
     def test_nothing_there(self):
         self.assertIsNone(self.store.current())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import random
 import unittest
 
 from tests.unit.worker import fragments
@@ -34,6 +35,26 @@ class AccumulatorTest(unittest.TestCase):
         self.assertIs(page.space, other.space)
         self.assertEqual([page, other], made.pages(page.space, 0))
         self.assertEqual({0, 1}, made.strings([page, other], 0))
+
+    def test_strings_are_counted(self):
+        made = self.make(('2 of them', A, B, C), ('all of them', A, C),
+                         pages=4, spaces=3)
+        chance = random.Random(5)
+        for number in range(2000):
+            page, rules = self.add(
+                made, chance.randrange(6) << 12, b''.join(chance.choices(
+                    (A, B, C, b'harmless'), k=2)),
+                cr3=chance.randrange(5) << 12)
+            if not page.fragments:
+                continue
+            self.assertEqual(
+                [rule for rule in page.fragments if self.engine.complete(
+                    rule, made.strings(made.pages(page.space, rule), rule))],
+                rules)
+            if number % 7 == 0:
+                made.drop(page)
+        made.forget(1)
+        self.assertEqual(0, made.size)
 
     def test_what_was_tried_needs_something_new(self):
         made = self.make(('2 of them', A, B, C))

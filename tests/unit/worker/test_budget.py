@@ -40,6 +40,12 @@ class BudgetTest(unittest.TestCase):
         one.spend(SECOND + 1)
         self.assertFalse(one.left())
 
+    def test_what_comes_in_while_it_is_full_is_lost(self):
+        one = budget.Budget(0.25)
+        self.now += 3600 * SECOND
+        one.spend(SECOND)
+        self.assertFalse(one.left())
+
     def test_clock_of_the_day_does_not_matter(self):
         with mock.patch.object(time, 'time', side_effect=AssertionError):
             one = budget.Budget(1)

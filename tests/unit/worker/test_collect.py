@@ -5,10 +5,13 @@ import signal
 import socket
 import threading
 import time
+import unittest
+from unittest import mock
 
 from tests.unit.worker import base
 from tests.unit.worker import guest
 from virtav_nova.monitor import wire
+from virtav_nova.worker import collect
 from virtav_nova.worker import paging
 
 PAGE = wire.PAGE_SIZE
@@ -263,6 +266,27 @@ class RingTest(ReadTest):
                      reason='protocol: the ring is full')
         self.assert_serves(self.connect_reading())
         self.assertEqual([scanning], self.scan_processes())
+
+
+class BudgetTest(unittest.TestCase):
+
+    def test_deep_scan_waits_for_others(self):
+        made = collect.Collected.__new__(collect.Collected)
+        made._scanner = mock.Mock(contended=True)
+        session = mock.Mock()
+        session.budget.left.return_value = False
+        made._due, made._searches = {session: 0.0}, {session: mock.Mock()}
+        with mock.patch.object(made, '_work') as work:
+            made.keep()
+            work.assert_not_called()
+            self.assertEqual(0.0, made.due())
+            made._scanner.contended = False
+            made.keep()
+            work.assert_called_once()
+            made._scanner.contended = True
+            session.budget.left.return_value = True
+            made.keep()
+        self.assertEqual(2, work.call_count)
 
 
 class SlowTest(TestCase):

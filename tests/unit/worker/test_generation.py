@@ -229,6 +229,8 @@ class LossTest(TestCase):
                 # Not its own session.
                 control.pack('closed', session=1000, reason='x', counts=None),
                 control.pack('match', session=1000, record={'rule': 'X'}),
+                control.pack('closed', session=10, counts=None),
+                control.pack('closed', session=11, reason='x', counts=[1]),
                 control.pack('match', session=[], record={}),
                 control.pack('match', session=None, record={})), 1):
             with self.subTest(message[:40]):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pwd
+import resource
 import signal
 import socket
 import stat
@@ -209,6 +210,10 @@ class ConfinementTest(TestCase):
             state = privileges.state(pid)
             self.assertEqual((0, True, 2 if number else 0), (
                 state.capabilities, state.no_new_privileges, state.seccomp))
+        for pid in self.scan_processes():
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+            self.assertEqual(soft, hard)
+            self.assertGreater(8 << 30, hard % (1 << 64))
 
     def test_forbidden_call(self):
         self.start(base.SLOW_RULE, scan_timeout_ms=60000)

@@ -7,9 +7,13 @@ import os
 import signal
 import threading
 import time
+import types
+import unittest
+from unittest import mock
 
 from tests.unit.worker import base
 from virtav_nova.monitor import wire
+from virtav_nova.worker import pool
 
 OTHER = b'OTHER-RULE'.ljust(4096, b'\0')
 OTHER_RULE = 'rule Other { strings: $a = "OTHER-RULE" condition: $a }'
@@ -142,6 +146,24 @@ class ReloadTest(TestCase):
         self.assert_closed(monitor)
         self.wait_log('epoch 2')
         self.assert_serves(self.session())
+
+
+class StayTest(unittest.TestCase):
+
+    def test_sessions_that_do_not_leave(self):
+        # A scan process that was taken over need not do what it is told.
+        made = pool.Pool.__new__(pool.Pool)
+        made._options = types.SimpleNamespace(reload_rate=5)
+        made._next_move, made._told_all = 0.0, None
+        made.old = mock.Mock(
+            digest=bytes(32), sessions=[1], move=mock.Mock(
+                side_effect=[True, False, False, False, False]))
+        for now in (10, 20, 79):
+            made._move(now)
+            made.old.retire.assert_not_called()
+        with self.assertLogs(pool.LOG, 'WARNING'):
+            made._move(81)
+        made.old.retire.assert_called_once_with()
 
 
 class BadRulesTest(TestCase):

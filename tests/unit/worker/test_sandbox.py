@@ -163,6 +163,19 @@ bytearray(2 << 30)
 print("lifted")''')
         self.assertEqual('bounded\nlifted\n', ended.stdout, ended.stderr)
 
+    def test_growth(self):
+        ended, _ = self._run('''
+import mmap
+bytearray(128 << 20)
+sandbox.limit_growth(64 << 20)
+bytearray(128 << 20)
+mmap.mmap(-1, 512 << 20)
+try:
+    bytearray(512 << 20)
+except MemoryError:
+    print("bounded")''')
+        self.assertEqual('bounded\n', ended.stdout, ended.stderr)
+
     def test_time(self):
         ended, seconds = self._run('''
 sandbox.limit_time(1)
