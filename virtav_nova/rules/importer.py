@@ -33,7 +33,9 @@ from virtav_nova.rules import store
 #: Told how far it is: what is being done, units done, units in all.
 Progress: typing.TypeAlias = collections.abc.Callable[[str, int, int], None]
 
-_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}')
+# Not those of a set's own files.
+_NAME = re.compile(
+    r'(?!manifest\.json$|rules\.jsonl\.zst$)[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}')
 _UNFIT = re.compile(r'[^A-Za-z0-9._+-]')
 _PART_MAX = 80
 _REASON_MAX = 300

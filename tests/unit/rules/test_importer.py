@@ -413,7 +413,8 @@ class SetTest(TestCase):
                          importer.gather([str(path)])[0].name)
         path = self.write('few.yar', rule('A'))
         self.assertEqual('few', importer.gather([str(path)])[0].name)
-        for name in ('', '../x', 'a/b', '-x', 'x' * 65, 'a b'):
+        for name in ('', '../x', 'a/b', '-x', 'x' * 65, 'a b',
+                     'manifest.json', 'rules.jsonl.zst'):
             with self.subTest(name), self.assertRaises(
                     exception.RuleError):
                 importer.gather([str(path)], name or '..')
