@@ -25,6 +25,8 @@ _SLOT_SIZE = mmap.PAGESIZE
 _SCAN = 0
 _PART = 16
 _WAITING = 24
+# When this part began, on the monotonic clock in ns.
+_SINCE = 32
 _COUNTERS = 64
 _SERVICE = 512
 #: Of a histogram.
@@ -78,12 +80,14 @@ class Scan(typing.NamedTuple):
     :param tag: of the page or junction.
     :param part: of the rules, as the engine numbers them; None if the engine
         did not say.
+    :param before: what the scan took before this part, in ns.
     """
 
     started: int
     session: int
     tag: bytes
     part: int | None
+    before: int
 
 
 def bucket(duration: int) -> int:
@@ -148,6 +152,7 @@ class Board:
         self._scan = words(_SCAN, 2)
         self._part = view[start + _PART:start + _PART + 4].cast('I')
         self._waiting = words(_WAITING, 1)
+        self._since = words(_SINCE, 1)
         self.counters = words(_COUNTERS, len(Counter))
         self.service = words(_SERVICE, BUCKETS)
         self.scans = words(_SCANS, BUCKETS)
@@ -171,6 +176,7 @@ class Board:
 
         :param part: as the engine numbers them.
         """
+        self._since[0] = time.monotonic_ns()
         self._part[0] = part
 
     def end(self) -> None:
@@ -182,6 +188,14 @@ class Board:
         """:returns: the part of the rules that was evaluated last."""
         part = self._part[0]
         return None if part == NO_PART else part
+
+    def before(self, begin: int) -> int:
+        """Tell what a scan took before the part that was evaluated last.
+
+        :param begin: of the scan, on the monotonic clock in ns.
+        :returns: in ns.
+        """
+        return self._since[0] - begin
 
     def wait(self, sessions: int) -> None:
         """Note how many sessions wait for their turn.
@@ -214,7 +228,7 @@ class Board:
             return None
         return Scan(started, session,
                     self._memory[self._tag:self._tag + wire.TAG_SIZE],
-                    self.part())
+                    self.part(), self.before(started))
 
 
 class Boards:

@@ -706,13 +706,16 @@ class Scanner:
         # process, its rule is not.
         slow = (time.monotonic_ns() - begin
                 >= self.settings.scan_timeout_ms * _SLOW_NS)
+        # One that came late in a slow scan is not the one that is slow.
+        to_blame = slow and self.board.before(begin) < (
+            self.settings.scan_timeout_ms * _SLOW_NS // 2)
         now = time.monotonic()
         if slow or now >= self._next_fault:
             self._next_fault = now + _FAULT_PERIOD
             reason = f'{type(error).__name__}: {error}'
             self._tell('fault', _WAITING_MAX, session=session.number,
                        reason=text.printable(reason, _REASON_MAX),
-                       part=self.board.part() if slow else None)
+                       part=self.board.part() if to_blame else None)
 
     @contextlib.contextmanager
     def guard(self, session: Session, tag: bytes

@@ -14,7 +14,8 @@ class ObedientEngine(base.Engine):
     """Does what the page says.
 
     ``match NUMBER`` gives that many matches, ``raise`` raises, ``sleep N``
-    takes so many seconds, ``segfault N`` ends the process in part N of the
+    takes so many seconds, ``late N PART`` as many before it hangs in a part of
+    the rules, ``segfault N`` ends the process in part N of the
     rules, ``send REST`` sends the rest to the main process, as code that took
     the process over could do. ``part`` matches a rule that is named like the
     last part that was suspected.
@@ -40,6 +41,11 @@ class ObedientEngine(base.Engine):
             raise ValueError('as the page says\n')
         if verb == b'sleep':
             time.sleep(float(rest))
+        if verb == b'late':
+            before, part = rest.split()
+            time.sleep(float(before))
+            self.progress(int(part))
+            time.sleep(60)
         if verb == b'segfault':
             if rest:
                 self.progress(int(rest))

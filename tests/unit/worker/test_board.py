@@ -26,12 +26,14 @@ class BoardTest(unittest.TestCase):
         self.assertIsNone(there.scan())
         begin = time.monotonic_ns()
         here.begin(7, TAG)
-        started, session, tag, part = there.scan()
+        started, session, tag, part, _before = there.scan()
         self.assertTrue(begin <= started <= time.monotonic_ns())
         self.assertEqual((7, TAG, None), (session, tag, part))
         for part in (0, 5, 1 << 31 | 5):
             here.at(part)
             self.assertEqual(part, there.scan().part)
+        self.assertTrue(0 <= there.scan().before
+                        <= time.monotonic_ns() - started)
         here.end()
         self.assertIsNone(there.scan())
         here.begin(7, TAG)

@@ -360,6 +360,17 @@ class BlameTest(TestCase):
         self.turn_until(lambda: self.owner.blames, 'blame')
         self.assertEqual([('r.yar', 'R7')], self.owner.blames)
 
+    def test_only_what_took_the_time(self):
+        self.serve(scan_timeout_ms=1000)
+        for number, before in enumerate((0.8, 0), 1):
+            self.assertFalse(self.owner.blames)
+            monitor = self.open(number)
+            monitor.send((b'late %f %d' % (
+                before, 7 | engines_base.RULE)).ljust(4096, b'\0'))
+            self.turn_until(lambda: not self.sessions(), 'kill')
+        self.turn_until(lambda: self.owner.blames, 'blame')
+        self.assertEqual([('r.yar', 'R7')], self.owner.blames)
+
     def test_engine_that_does_not_say(self):
         self.serve()
         monitor = self.open(1)
