@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import random
@@ -106,6 +107,8 @@ class WelcomeTest(base.TestCase):
         monitor.close()
         self.records(1, event='closed')
         before = [files(pid) for pid in pids]
+        # What other tests of this process have left goes at any time.
+        gc.collect()
         ours = files(os.getpid())
         for number in range(300):
             monitor, _ = self._hello()
@@ -115,7 +118,8 @@ class WelcomeTest(base.TestCase):
         self.records(301, event='closed')
         base.wait_for(lambda: [files(pid) for pid in pids] == before,
                       f'{before} files again')
-        self.assertEqual(ours, files(os.getpid()))
+        gc.collect()
+        self.assertLessEqual(files(os.getpid()), ours)
 
 
 class FilesTest(base.TestCase):
