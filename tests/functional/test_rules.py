@@ -321,6 +321,9 @@ class RulesTest(unittest.TestCase):
         self.assertEqual(2, self.json('test', '--all')['proved'])
 
     def test_killed_and_interrupted(self):
+        # Who is started in the background by a script ignores it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         self.write('a.yar', rule('One'))
         digest = self.json('import', self.rules)['digest']
         self.write('b.yar', ''.join(
