@@ -145,8 +145,9 @@ class Worker(_Running):
         """
         if not self.journal.exists():
             return []
-        with open(self.journal, encoding='utf-8') as lines:
-            records = [json.loads(line) for line in lines]
+        # The last line may just be written.
+        whole, _, _ = self.journal.read_bytes().rpartition(b'\n')
+        records = [json.loads(line) for line in whole.splitlines()]
         return [record for record in records
                 if kind in (None, record['type'])]
 

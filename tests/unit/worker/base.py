@@ -307,7 +307,9 @@ class TestCase(base.TestCase):
     def journal(self):
         """The records of the alert journal."""
         path = self.top / 'state' / 'alerts' / 'journal.jsonl'
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
+        # The last line may just be written.
+        whole, _, _ = path.read_bytes().rpartition(b'\n')
+        return [json.loads(line) for line in whole.splitlines()]
 
     def records(self, count, **wanted):
         """Wait for records in the journal.
