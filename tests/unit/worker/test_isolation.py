@@ -208,8 +208,9 @@ class ConfinementTest(TestCase):
         self.assert_serves(self.session())
         for number, pid in enumerate(self.everybody()):
             state = privileges.state(pid)
-            self.assertEqual((0, True, 2 if number else 0), (
-                state.capabilities, state.no_new_privileges, state.seccomp))
+            self.assertEqual((0, 0, True, 2 if number else 0), (
+                state.capabilities, state.bounding, state.no_new_privileges,
+                state.seccomp))
         for pid in self.scan_processes():
             soft, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
             self.assertEqual(soft, hard)
